@@ -1,0 +1,232 @@
+"""From an ``nn.Module`` to the normal form: one functional ATen graph with dynamic batch (see `passes.graph`)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._decomp import decomposition_table
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from ..passes.errors import BatchError, CaptureError, UnsupportedModelError
+from ..passes.graph import Output, Role, finish, origin
+
+_aten = torch.ops.aten
+_RECURRENT = (_aten.lstm.input, _aten.gru.input, _aten.rnn_tanh.input, _aten.rnn_relu.input)
+"""Recurrent layers are unrolled to their cells; every other operation stays as coarse as the user wrote it."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a batch must look like: the structure and leaves of the example inputs."""
+
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+    """One a leaf: ``(shape, dtype, device, batched)`` for tensors, the value itself for anything else."""
+    batch: int
+    """Batch size of the example."""
+
+
+@dataclass(frozen=True)
+class CapturedModel:
+    """A model in normal form."""
+
+    module: fx.GraphModule
+    signature: Signature
+    out_spec: pytree.TreeSpec
+    constants: dict[str, Any]
+    """Values of the placeholders of role CONSTANT."""
+    training: dict[str, bool]
+    """The training flag of every submodule at capture time; a step insists on the same."""
+    how: str
+    """``"export"`` or ``"symbolic_trace"``."""
+
+
+def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of the model's forward: a tensor, a tuple or list of arguments, or a dict."""
+    if isinstance(inputs, dict):
+        return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def capture(model: nn.Module, example_inputs: Any) -> CapturedModel:
+    """Capture `model` as a functional ATen graph whose batch size is dynamic.
+
+    ``torch.export`` is tried first (non-strict, then strict), then ``torch.fx.symbolic_trace`` followed by export of
+    the traced module.
+
+    Raises:
+        BatchError: the example holds no tensor with a batch dimension.
+        CaptureError: no way of tracing worked; the message holds each one's reason.
+        UnsupportedModelError: the model writes into its inputs.
+    """
+    args, kwargs = as_call(example_inputs)
+    leaves = pytree.tree_leaves((args, kwargs))
+    batch = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0), 0)
+    if batch == 0:
+        raise BatchError("the example inputs hold no tensor with a first (batch) dimension of at least one sample.")
+    signature = _signature(args, kwargs, batch)
+    if batch == 1:  # export would take a size of 1 for a constant
+        args, kwargs = pytree.tree_map(
+            lambda leaf: torch.cat([leaf, leaf]) if _is_batched(leaf, 1) else leaf, (args, kwargs)
+        )
+    exported, how = _export(model, args, kwargs, 2 if batch == 1 else batch)
+    with _quiet():
+        exported = exported.run_decompositions({op: decomposition_table[op] for op in _RECURRENT})
+    module, constants = _normal_form(exported, model)
+    out_spec = exported.call_spec.out_spec
+    assert out_spec is not None
+    training = {name: submodule.training for name, submodule in model.named_modules()}
+    return CapturedModel(module, signature, out_spec, constants, training, how)
+
+
+def _is_batched(leaf: Any, batch: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
+
+
+def _signature(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> Signature:
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    described = tuple(
+        (tuple(leaf.shape), leaf.dtype, leaf.device, _is_batched(leaf, batch)) if isinstance(leaf, Tensor) else leaf
+        for leaf in leaves
+    )
+    return Signature(spec, described, batch)
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> tuple[ExportedProgram, str]:
+    dim = Dim("batch")
+    shapes = pytree.tree_map(lambda leaf: {0: dim} if _is_batched(leaf, batch) else None, (args, kwargs))
+    # torch.export wants one entry a parameter of forward, by name if any is passed by name
+    dynamic: Any = shapes[0] if not kwargs else {**_names(model, shapes[0]), **shapes[1]}
+
+    def export(target: nn.Module, strict: bool) -> ExportedProgram:
+        return torch.export.export(target, args, kwargs, dynamic_shapes=dynamic, strict=strict)
+
+    def retrace() -> ExportedProgram:
+        traced = fx.symbolic_trace(model)
+        traced.train(model.training)
+        return export(traced, strict=False)
+
+    attempts: list[tuple[str, Callable[[], ExportedProgram]]] = [
+        ("torch.export", lambda: export(model, strict=False)),
+        ("torch.export (strict)", lambda: export(model, strict=True)),
+        ("torch.fx.symbolic_trace", retrace),
+    ]
+    flags = {submodule: submodule.training for submodule in model.modules()}
+    reasons = []
+    for name, attempt in attempts:
+        try:
+            with _quiet(), torch.random.fork_rng(devices=[]):
+                exported = attempt()
+        except Exception as error:  # whatever a tracer raises is a reason to try the next
+            reasons.append(f"  {name}: {_first_lines(error)}")
+        else:
+            return exported, "symbolic_trace" if "symbolic" in name else "export"
+        finally:
+            for submodule, training in flags.items():
+                submodule.training = training
+    raise CaptureError(
+        f"{type(model).__name__} could not be captured with a dynamic batch size. Tried:\n"
+        + "\n".join(reasons)
+        + "\nUsual causes: a Python `if` or loop on a tensor's values (use torch.where, or masks); a batch size or the "
+        "example's values written into the code (use x.shape[0]); `.item()` or `.numpy()` inside forward."
+    )
+
+
+def _names(model: nn.Module, positional: tuple[Any, ...]) -> dict[str, Any]:
+    import inspect
+
+    return dict(zip(inspect.signature(model.forward).parameters, positional, strict=False))
+
+
+def _first_lines(error: BaseException, count: int = 12) -> str:
+    lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
+    user = [line for line in lines[count:] if line.strip().startswith("File ") and "/torch/" not in line]
+    return "\n    ".join(lines[:count] + user[-2:])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what torch's tracers warn about themselves; nothing of it concerns the user's model."""
+    import logging
+
+    logger = logging.getLogger("torch")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _normal_form(exported: ExportedProgram, model: nn.Module) -> tuple[fx.GraphModule, dict[str, Any]]:
+    """The lifted graph with roles, tied parameters merged, and no input mutation."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(exported.graph_module.graph, {}))
+    module = fx.GraphModule({}, graph)
+    by_name = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    parameters: dict[int, fx.Node] = {}
+    constants: dict[str, Any] = {}
+    canonical = {id(parameter): name for name, parameter in model.named_parameters()}
+    index = 0
+    for spec in exported.graph_signature.input_specs:
+        node = by_name[spec.arg.name]
+        match spec.kind:
+            case InputKind.PARAMETER:
+                assert spec.target is not None
+                parameter = model.get_parameter(spec.target)
+                first = parameters.setdefault(id(parameter), node)
+                if first is not node:  # tied: one tensor, one placeholder
+                    node.replace_all_uses_with(first)
+                    graph.erase_node(node)
+                    continue
+                node.meta.update(
+                    role=Role.PARAMETER, target=canonical[id(parameter)], trainable=parameter.requires_grad
+                )
+            case InputKind.BUFFER:
+                node.meta.update(role=Role.BUFFER, target=spec.target)
+            case InputKind.USER_INPUT:
+                node.meta.update(role=Role.INPUT, target=index)
+                index += 1
+            case _:
+                node.meta.update(role=Role.CONSTANT, target=spec.target)
+                constants[str(spec.target)] = copy.copy(exported.constants[str(spec.target)])
+    described = []
+    leaf = 0
+    for result in exported.graph_signature.output_specs:
+        if result.kind == OutputKind.BUFFER_MUTATION:
+            described.append(Output("mutation", str(result.target)))
+        elif result.kind == OutputKind.USER_OUTPUT:
+            described.append(Output("output", str(leaf)))
+            leaf += 1
+        else:
+            raise UnsupportedModelError(
+                f"the model writes into {result.target!r} ({result.kind.name.lower()}) while it runs; only buffers "
+                "may change in forward. Clone it before writing."
+            )
+    graph.output_node().meta["outputs"] = described
+    return finish(module), constants
+
+
+def check_capturable(model: nn.Module, example_inputs: Any) -> str:
+    """``""`` if `model` can be captured, otherwise the reason (what ``onward inspect`` says before compiling)."""
+    try:
+        capture(model, example_inputs)
+    except (CaptureError, UnsupportedModelError, BatchError) as error:
+        return str(error)
+    return ""
+
+
+__all__ = ["CapturedModel", "Signature", "as_call", "capture", "check_capturable", "origin"]

@@ -1,0 +1,70 @@
+"""FLOPs of graphs, counted by torch's own formulas on fake tensors (nothing is computed)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..passes.graph import Role
+
+SAMPLES = 2
+"""Batch size the counts are taken at, then divided by; 1 would meet special cases."""
+
+
+def count_flops(module: fx.GraphModule) -> dict[str, int]:
+    """FLOPs a sample (and copy) of every node with any: matrix products and convolutions, two a multiply-add."""
+    counter = _Counter(module)
+    return counter.flops
+
+
+def total_flops(module: fx.GraphModule) -> int:
+    """FLOPs a sample (and copy) of a whole graph."""
+    return sum(count_flops(module).values())
+
+
+def forward_share(run: fx.GraphModule, forward: fx.GraphModule) -> float:
+    """FLOPs of a perturbed run's copy over those of a whole forward; 1 where there is nothing to count."""
+    whole = total_flops(forward)
+    return min(1.0, total_flops(run) / whole) if whole else 1.0
+
+
+class _Counter(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.flops: dict[str, int] = {}
+        self.counter = FlopCounterMode(display=False)
+        with FakeTensorMode(allow_non_fake_inputs=True), self.counter:
+            self.run(*[_concrete(node) for node in module.graph.nodes if node.op == "placeholder"])
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.counter.get_total_flops()
+        result = super().run_node(n)
+        spent = self.counter.get_total_flops() - before
+        if spent:
+            self.flops[n.name] = spent // SAMPLES
+        return result
+
+
+_RUNTIME_SHAPES = {"copies": (1,), "draws": (1,), "key": (2,), "sigmas": (1,), "weights": (1, SAMPLES)}
+
+
+def _concrete(node: fx.Node) -> Any:
+    """A fake value for a placeholder, every batch symbol standing for `SAMPLES` samples."""
+    if node.meta["role"] == Role.RUNTIME and node.meta["target"] in _RUNTIME_SHAPES:
+        integer = node.meta["target"] in ("copies", "draws", "key")
+        return torch.empty(_RUNTIME_SHAPES[node.meta["target"]], dtype=torch.int64 if integer else torch.float32)
+    val = node.meta["val"]
+    if isinstance(val, torch.Tensor):
+        return torch.empty([_size(extent) for extent in val.shape], dtype=val.dtype, device=val.device)
+    return _size(val)
+
+
+def _size(extent: Any) -> int:
+    if not isinstance(extent, torch.SymInt):
+        return int(extent)
+    expression = extent.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, SAMPLES)))

@@ -1,0 +1,95 @@
+"""The compiled model as data: graphs and sites, nothing that runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..passes.find_sites import Site
+from ..passes.graph import Role, outputs, placeholders
+from ..passes.insert_captures import Capture
+from .capture import CapturedModel
+from .estimator import LikelihoodRatio
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """A pass that ran: the graph after it, and how long it took."""
+
+    name: str
+    module: fx.GraphModule
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PerturbedRun:
+    """The forward run that perturbs one group of sites, all copies of a chunk side by side."""
+
+    index: int
+    sites: tuple[int, ...]
+    module: fx.GraphModule
+    share: float
+    """FLOPs of one copy as a share of a whole forward's."""
+
+    @property
+    def name(self) -> str:
+        return f"perturbed_{self.index}"
+
+
+@dataclass(frozen=True)
+class GradientSubgraph:
+    """A standalone graph from captures, loss weights and noise keys to the gradients of one site's parameters."""
+
+    site: Site
+    run: int
+    """Index of the perturbed run that gives its losses."""
+    per_copy: bool
+    """Whether every copy has its own captures; otherwise they are the clean run's and shared by all copies."""
+    captures: tuple[Capture, ...]
+    module: fx.GraphModule
+
+    @property
+    def name(self) -> str:
+        return f"gradient_{self.site.index}"
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """Everything the compiler knows: what ``inspect`` shows, the verifier checks and an executor runs."""
+
+    captured: CapturedModel
+    estimator: LikelihoodRatio
+    history: tuple[PassRecord, ...]
+    sites: tuple[Site, ...]
+    stages: tuple[fx.GraphModule, ...]
+    """The clean run, cut behind every site."""
+    runs: tuple[PerturbedRun, ...]
+    gradients: tuple[GradientSubgraph, ...]
+    mixes_samples: str
+    """The first operation that mixes samples, or ``""``."""
+    sequential: bool
+    """Whether copies must run one at a time, because tiling them into the batch would let them mix."""
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The one-copy graph after the last pass: the model with noise and captures."""
+        return self.history[-1].module
+
+
+def input_keys(module: fx.GraphModule) -> list[str]:
+    """What a graph reads, in the order of its placeholders: ``role:target``."""
+    return [binding_key(node) for node in placeholders(module)]
+
+
+def output_keys(module: fx.GraphModule) -> list[str]:
+    """What a graph returns: ``kind:name``."""
+    return [f"{output.kind}:{output.name}" for output, _ in outputs(module)]
+
+
+def binding_key(node: fx.Node) -> str:
+    """The name that a placeholder's value has in a step's environment."""
+    role = node.meta["role"]
+    if role == Role.VALUE and "capture" in node.meta:
+        return f"capture:{node.meta['target']}"
+    return f"{role}:{node.meta['target']}"

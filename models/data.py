@@ -1,0 +1,244 @@
+"""Data sets as standardised tensors in memory: the digits of scikit-learn, and three of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from ..passes.errors import DataError, unknown_name
+from .batches import TensorBatches
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A classification data set, split and standardised.
+
+    Attributes:
+        name: Its name in `DATASETS`.
+        train: Inputs, float32 ``(n, *input_shape)``, and targets, int64 ``(n,)``, in ``0 … num_classes - 1``.
+        test: The same, of samples that `train` does not have.
+        input_shape: Shape of one input; of an image ``(channels, height, width)``.
+        num_classes: Number of classes.
+        mean: What was subtracted from both splits, float32, shaped to broadcast over a batch: one number a channel.
+        std: What both were then divided by, of the same shape.
+        source: One sentence: where the data are from, and how they were split.
+    """
+
+    name: str
+    train: TensorDataset
+    test: TensorDataset
+    input_shape: tuple[int, ...]
+    num_classes: int
+    mean: Tensor
+    std: Tensor
+    source: str
+
+    @property
+    def num_features(self) -> int:
+        """Numbers in one input."""
+        return math.prod(self.input_shape)
+
+
+def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shift and scale both splits so that each channel of `train` has mean 0 and standard deviation 1.
+
+    The statistics are those of `train` alone, over samples and positions. A channel that is constant in `train` is only
+    shifted.
+
+    Args:
+        train: Float ``(n, channels, ...)``.
+        test: Float ``(m, channels, ...)``.
+
+    Returns:
+        Both splits anew, then mean and standard deviation, each ``(1, channels, 1, ...)``.
+    """
+    dims = [dim for dim in range(train.ndim) if dim != 1]
+    std, mean = torch.std_mean(train, dim=dims, correction=0, keepdim=True)
+    # A constant channel's deviation is zero up to the rounding of its mean.
+    std = torch.where(std > 1e-6 * mean.abs(), std, torch.ones_like(std))
+    return train.sub(mean).div_(std), test.sub(mean).div_(std), mean, std
+
+
+def make_dataset(
+    name: str,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    *,
+    num_classes: int,
+    source: str,
+) -> Dataset:
+    """A `Dataset` from raw splits, each (inputs, float32 ``(n, channels, ...)``; targets, int64 ``(n,)``)."""
+    train_inputs, test_inputs, mean, std = standardise(train[0], test[0])
+    return Dataset(
+        name=name,
+        train=TensorDataset(train_inputs, train[1]),
+        test=TensorDataset(test_inputs, test[1]),
+        input_shape=tuple(train_inputs.shape[1:]),
+        num_classes=num_classes,
+        mean=mean,
+        std=std,
+        source=source,
+    )
+
+
+def _load_digits(seed: int, root: Path | None) -> Dataset:
+    """The digits that scikit-learn carries; `root` is not needed."""
+    # Imported here: scikit-learn takes a second to import, and nothing else needs it.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    inputs = torch.from_numpy(images.astype(np.float32)).reshape(-1, 1, 8, 8)
+    targets = torch.from_numpy(labels.astype(np.int64))
+    train, test = train_test_split(np.arange(len(targets)), test_size=0.2, stratify=labels, random_state=seed)
+    return make_dataset(
+        "digits",
+        (inputs[train], targets[train]),
+        (inputs[test], targets[test]),
+        num_classes=10,
+        source=(
+            f"scikit-learn's load_digits (1,797 images from the UCI Optical Recognition of Handwritten Digits), "
+            f"split 80/20 within each class with seed {seed}."
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Where on the Hugging Face hub a data set of images lies.
+
+    Attributes:
+        path: Name on the hub, or a local folder of Parquet files.
+        image: Column of the images.
+        label: Column of the class numbers.
+        num_classes: Number of classes.
+        about: What the data are, for `Dataset.source`.
+    """
+
+    path: str
+    image: str
+    label: str
+    num_classes: int
+    about: str
+
+
+HUB_SOURCES: dict[str, HubSource] = {
+    "fashion-mnist": HubSource(
+        "zalando-datasets/fashion_mnist", "image", "label", 10, "Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747)"
+    ),
+    "cifar10": HubSource("uoft-cs/cifar10", "img", "label", 10, "CIFAR-10 (Krizhevsky 2009)"),
+    "cifar100": HubSource("uoft-cs/cifar100", "img", "fine_label", 100, "CIFAR-100, fine labels (Krizhevsky 2009)"),
+}
+
+
+def images_to_tensor(images: Iterable[Any]) -> Tensor:
+    """Stack images of equal size into float32 ``(n, channels, height, width)`` from 0 to 1.
+
+    Args:
+        images: PIL images, or arrays, of uint8 ``(height, width)`` or ``(height, width, channels)``.
+
+    Raises:
+        DataError: The images differ in shape, are not 8-bit, or there are none.
+    """
+    arrays = [np.asarray(image) for image in images]
+    shapes = {array.shape for array in arrays}
+    if len(shapes) != 1:
+        raise DataError(f"images must all have one shape; found {sorted(shapes) or 'no images'}.")
+    stacked = np.stack(arrays)
+    if stacked.dtype != np.uint8:
+        raise DataError(f"images must be 8-bit (uint8), not {stacked.dtype}.")
+    if stacked.ndim == 3:
+        stacked = stacked[..., None]
+    return (
+        torch.from_numpy(stacked).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    )
+
+
+def split_to_tensors(split: Any, image: str, label: str) -> tuple[Tensor, Tensor]:
+    """Convert a split of a `datasets.Dataset` to (images as `images_to_tensor` has them, class numbers as int64).
+
+    Raises:
+        DataError: The column `image` or `label` is missing, or the images are not as `images_to_tensor` needs them.
+    """
+    for column in (image, label):
+        if column not in split.column_names:
+            raise DataError(f"the data set has no column {column!r}; it has {', '.join(split.column_names)}.")
+    return images_to_tensor(split[image]), torch.tensor(list(split[label]), dtype=torch.int64)
+
+
+def _load_hub(name: str, source: HubSource, root: Path | None) -> Dataset:
+    """Load `source` with the library `datasets`, cached under `root` if that is given."""
+    try:
+        import PIL  # noqa: F401  # The library decodes images with Pillow but does not require it.
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError(
+            f"data set {name!r} needs the libraries 'datasets' and 'pillow', which cannot be imported ({error}). "
+            "Install them with: pip install 'onward[data]'. The data set 'digits' does not need them."
+        ) from error
+    try:
+        splits = load_dataset(source.path, cache_dir=None if root is None else str(root))
+    except Exception as error:  # The library lets through those of its HTTP client, of the file system and its own.
+        raise DataError(
+            f"data set {name!r} ({source.path}) could not be loaded: {type(error).__name__}: {error}. Without a "
+            "network it must be in the cache: load it once where there is one, point HF_HOME to that cache (or give "
+            "its folder as root), and set HF_DATASETS_OFFLINE=1."
+        ) from error
+    return make_dataset(
+        name,
+        split_to_tensors(splits["train"], source.image, source.label),
+        split_to_tensors(splits["test"], source.image, source.label),
+        num_classes=source.num_classes,
+        source=f"{source.about}, from the Hugging Face hub ({source.path}), with its own training and test split.",
+    )
+
+
+def _hub_loader(name: str) -> Callable[[int, Path | None], Dataset]:
+    """The loader of the hub's data set `name`. It has splits of its own, so the seed is not used."""
+    return lambda seed, root: _load_hub(name, HUB_SOURCES[name], root)
+
+
+# Each data set's loader, given the seed of the split and the folder of the cache.
+DATASETS: dict[str, Callable[[int, Path | None], Dataset]] = {
+    "digits": _load_digits,
+    **{name: _hub_loader(name) for name in HUB_SOURCES},
+}
+
+
+def load(name: str, *, seed: int = 0, root: str | Path | None = None) -> Dataset:
+    """Load a data set by name.
+
+    Args:
+        name: "digits", or with ``pip install onward[data]`` "fashion-mnist", "cifar10" or "cifar100".
+        seed: Chooses the split of a data set that comes without one (digits). It is *not* the seed of a training run:
+            leave it alone, and all runs are tested on the same samples.
+        root: Folder of the downloads; by default that of Hugging Face, which HF_HOME moves.
+
+    Raises:
+        UnknownNameError: No data set has this name.
+        DataError: It cannot be loaded; the message says what to do.
+    """
+    if name not in DATASETS:
+        raise unknown_name("data set", name, DATASETS)
+    return DATASETS[name](seed, None if root is None else Path(root))
+
+
+def loaders(dataset: Dataset, batch_size: int, seed: int) -> tuple[TensorBatches, TensorBatches]:
+    """Training batches, shuffled by a generator of their own that starts at `seed`, and test batches in fixed order.
+
+    Raises:
+        OptionError: `batch_size` is below 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        TensorBatches(dataset.train, batch_size, shuffle=True, generator=generator),
+        TensorBatches(dataset.test, batch_size),
+    )

@@ -1,0 +1,38 @@
+"""`compile`: from a model to a program that trains it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .compiler.driver import compile_model
+from .compiler.estimator import LikelihoodRatio
+from .runtime.loss import Loss
+from .runtime.program import Program
+
+
+def compile(  # noqa: A001 - the verb of the package, as in torch.compile
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    loss: Loss,
+    estimator: LikelihoodRatio | None = None,
+    seed: int = 0,
+) -> Program:
+    """Compile `model` into a program that trains it without a backward pass.
+
+    Args:
+        model: any module that ``torch.export`` (or ``torch.fx.symbolic_trace``) can trace; trained in place, in the
+            train/eval mode that it has now.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments of ``forward``. Tensors
+            have the batch first; the batch size stays free.
+        loss: ``(output, target) -> one loss a sample``; a torch loss with a ``reduction`` may be given as it is. It may
+            have no derivative, be a black box, and need not be traceable.
+        estimator: the settings; the default is `LikelihoodRatio()`.
+        seed: seed of all noise.
+
+    Raises:
+        onward.errors.OnwardError: the model, an option or the example cannot work; the message says where and what to do.
+    """
+    return Program(model, compile_model(model, example_inputs, estimator or LikelihoodRatio()), loss, seed)

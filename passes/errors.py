@@ -1,0 +1,74 @@
+"""Everything that Onward raises on purpose. Each error says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class OnwardError(Exception):
+    """Base of every error that Onward raises on purpose."""
+
+
+class CaptureError(OnwardError, RuntimeError):
+    """The model could not be turned into a graph."""
+
+
+class UnsupportedModelError(OnwardError, RuntimeError):
+    """The graph holds something that Onward cannot train, named with module and source line."""
+
+
+class UnreachedParameterError(OnwardError, ValueError):
+    """A trainable parameter is reached by no site, so it would silently stay untrained."""
+
+
+class VerificationError(OnwardError, AssertionError):
+    """A compiled program breaks one of the invariants. This is a bug in Onward or in a pass."""
+
+
+class OptionError(OnwardError, ValueError):
+    """An option has a value that cannot work."""
+
+
+class UnknownNameError(OptionError):
+    """A name (model, data set, pass, site, noise, …) is not known; the message shows the nearest match."""
+
+
+class BatchError(OnwardError, ValueError):
+    """A batch does not fit the compiled program: empty, or another structure, dtype, shape or device."""
+
+
+class ModeError(OnwardError, RuntimeError):
+    """The model's training/evaluation mode or its parameters changed since it was compiled."""
+
+
+class LossShapeError(OnwardError, ValueError):
+    """The loss did not return one number a sample (or one number, with ``credit="batch"``)."""
+
+
+class NonFiniteLossError(OnwardError, FloatingPointError):
+    """A loss is NaN or infinite. Gradients, buffers and weights are as before the step."""
+
+
+class NonFiniteGradientError(OnwardError, FloatingPointError):
+    """A gradient or a weight is NaN or infinite. Nothing was written from it: the last checkpoint is from before."""
+
+
+class OutOfMemoryError(OnwardError, MemoryError):
+    """A step ran out of memory; the message suggests a chunk of copies that fits."""
+
+
+class CheckpointError(OnwardError, RuntimeError):
+    """A checkpoint cannot be written, or is damaged, or belongs to another model."""
+
+
+class DataError(OnwardError, RuntimeError):
+    """A data set cannot be loaded, with the reason and what to install or do."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
+    """The error for an unknown `name` of a `kind` ("model", "noise", …), showing the nearest of the `known` names."""
+    names = sorted(known)
+    nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return UnknownNameError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")

@@ -1,0 +1,156 @@
+"""Pass: add a capture for every value that a gradient subgraph reads (DESIGN.md 2, 3).
+
+For each site and each activation its vjp reads, by the estimator's ``capture``:
+
+- ``"exact"``: the activation itself.
+- ``"sign"``: ``pack_signs(x)``, one or two bits an element by the sign domain. Biased: the magnitude is gone.
+- ``"stochastic"``: ``scale = max |x|`` of the sample, ``pack_signs(stochastic_sign(x, scale))``: the same bits, unbiased.
+
+Sites whose rule does not allow an encoding are captured exactly; of a norm layer the normalised activation is captured
+where signs are asked for. Sites that read the same activation share its capture.
+
+Writes ``meta["captures"]`` (a tuple of `Capture`) on each noise point, and appends the captured nodes to the outputs, so
+that no dead-code elimination can take them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import ops
+from .find_sites import Site, sites
+from .graph import (
+    Kind,
+    Layout,
+    Output,
+    Role,
+    add_runtime_placeholder,
+    clone,
+    finish,
+    is_floating,
+    outputs,
+    placeholders,
+    set_outputs,
+)
+from .rules import rule_for
+from .trace_gradients import captures_normalized
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One activation that crosses from a forward run to a gradient subgraph."""
+
+    operand: str
+    """The name the site's vjp knows the value by."""
+    source: str
+    """The node that is captured."""
+    encoding: str
+    """``"exact"``, ``"sign"`` or ``"stochastic"``."""
+    domain: str
+    """Sign domain (`ops.DOMAINS`)."""
+    layout: Layout | None
+    exact_bytes: int
+    """Bytes a sample of the exact value."""
+    bytes: int
+    """Bytes a sample as captured."""
+
+    @property
+    def name(self) -> str:
+        return self.source if self.encoding == "exact" else f"{self.source}.{self.encoding}"
+
+    @property
+    def scale(self) -> str:
+        """Name of the scale that goes with a stochastic capture."""
+        return f"{self.name}.scale"
+
+
+def insert_captures(
+    module: fx.GraphModule, *, gradients: dict[int, fx.GraphModule], capture: str
+) -> fx.GraphModule:
+    module = clone(module)
+    nodes = {node.name: node for node in module.graph.nodes}
+    added: dict[str, list[tuple[Output, fx.Node]]] = {}
+    for site in sites(module):
+        captures = []
+        for place in placeholders(gradients[site.index], Role.VALUE):
+            operand = place.meta["target"]
+            source = _source(module, site, operand, nodes, capture)
+            if source.meta["kind"] != Kind.ACTIVATION:
+                continue  # a size or a constant: handed over as it is
+            one = _describe(site, operand, source, nodes, capture)
+            captures.append(one)
+            if one.name not in added:
+                added[one.name] = _encode(module, site, one, source)
+        nodes[site.output].meta["captures"] = tuple(captures)
+    set_outputs(module, outputs(module) + [item for items in added.values() for item in items])
+    return finish(module)
+
+
+def captures_of(module: fx.GraphModule) -> dict[int, tuple[Capture, ...]]:
+    """The captures of every site."""
+    return {node.meta["site"].index: node.meta["captures"] for node in module.graph.nodes if "site" in node.meta}
+
+
+def _source(module: fx.GraphModule, site: Site, operand: str, nodes: dict[str, fx.Node], capture: str) -> fx.Node:
+    core = nodes[site.core]
+    if operand != site.output or not captures_normalized(site, core, capture):
+        return nodes[operand]
+    name = f"{site.output}_normalized"
+    if name not in nodes:
+        rule = rule_for(core.target)
+        assert rule.normalize is not None
+        with module.graph.inserting_after(core):
+            built = rule.normalize(module.graph, core)
+        built.name = name
+        built.meta.update(kind=Kind.ACTIVATION, sign_domain="signed", layout=site.layout)
+        nodes[name] = built
+    return nodes[name]
+
+
+def _describe(site: Site, operand: str, source: fx.Node, nodes: dict[str, fx.Node], capture: str) -> Capture:
+    encodable = rule_for(nodes[site.core].target).encodable and "+" not in site.operation
+    layout: Layout | None = source.meta.get("layout")
+    encoding = capture if encodable and is_floating(source) and layout is not None else "exact"
+    domain = source.meta.get("sign_domain", "signed")
+    val = source.meta["val"]
+    elements = layout.elements if layout is not None else 0
+    exact = elements * val.element_size()
+    packed = ops.DOMAINS[domain] * ((elements + 7) // 8) + (4 if encoding == "stochastic" else 0)
+    return Capture(operand, source.name, encoding, domain, layout, exact, exact if encoding == "exact" else packed)
+
+
+def _encode(module: fx.GraphModule, site: Site, one: Capture, source: fx.Node) -> list[tuple[Output, fx.Node]]:
+    if one.encoding == "exact":
+        return [(Output("capture", one.name), source)]
+    graph, layout = module.graph, one.layout
+    assert layout is not None
+    copies = add_runtime_placeholder(graph, "copies", None)
+    key = add_runtime_placeholder(graph, "key", None)
+    anchor = source if source.op != "placeholder" else placeholders(module)[-1]
+    items: list[tuple[Output, fx.Node]] = []
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        nonlocal anchor
+        with graph.inserting_after(anchor):
+            anchor = graph.call_function(target, args)
+        kept = ("nn_module_stack", "stack_trace")
+        anchor.meta.update({name: source.meta[name] for name in kept if name in source.meta})
+        anchor.meta.update(kind=Kind.ACTIVATION, capture=one.name)
+        return anchor
+
+    signs = source
+    if one.encoding == "stochastic":
+        others = [dim for dim in range(len(layout.sizes)) if dim != layout.dim]
+        magnitude = call(_aten.abs.default, source)
+        scale = call(_aten.amax.default, magnitude, others, True) if others else magnitude
+        sizes = (list(layout.sizes), layout.dim, layout.outer)
+        signs = call(ops.stochastic_sign, source, scale, copies, key, site.index, *sizes)
+        items.append((Output("capture", one.scale), scale))
+    items.append((Output("capture", one.name), call(ops.pack_signs, signs, one.domain, layout.dim)))
+    return items

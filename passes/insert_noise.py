@@ -1,0 +1,38 @@
+"""Pass: add a noise node behind every site (DESIGN.md 1).
+
+``z`` becomes ``onward.perturb(z, copies, key, sigmas, site, …) = z + sigmas[site] · ε`` for every reader of ``z``. The
+graph stays one run of one copy; with every σ = 0 it computes the model's own forward, bit for bit. The numbers are a
+function of (seed, step, site, copy): a noise node holds no state and no constant, so common-subexpression and constant
+folding passes have nothing to merge or freeze (each has its own ``site``).
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from . import ops
+from .graph import add_runtime_placeholder, clone, finish
+
+
+def insert_noise(module: fx.GraphModule, *, noise: str) -> fx.GraphModule:
+    module = clone(module)
+    graph = module.graph
+    noisy = [node for node in graph.nodes if "site" in node.meta]
+    copies = add_runtime_placeholder(graph, "copies", None)
+    key = add_runtime_placeholder(graph, "key", None)
+    sigmas = add_runtime_placeholder(graph, "sigmas", None)
+    for node in noisy:
+        site = node.meta["site"]
+        layout = site.layout
+        with graph.inserting_after(node):
+            perturbed = graph.create_node(
+                "call_function",
+                ops.perturb,
+                (node, copies, key, sigmas, site.index, noise, list(layout.sizes), layout.dim, layout.outer, True),
+                name=f"{node.name}_noisy",
+            )
+        kept = ("val", "kind", "layout", "nn_module_stack", "stack_trace")
+        perturbed.meta.update({name: node.meta[name] for name in kept if name in node.meta})
+        perturbed.meta["noise_of"] = site.index
+        node.replace_all_uses_with(perturbed, delete_user_cb=lambda user, new=perturbed: user is not new)
+    return finish(module)

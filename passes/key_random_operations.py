@@ -1,0 +1,156 @@
+"""Pass: give the model's own random operations a key, so that every copy of a step sees the same numbers.
+
+Rewrites:
+1. ``native_dropout`` / ``dropout`` in training mode -> ``x * (keyed_random >= p) / (1 - p)``
+2. ``rand``, ``rand_like``, ``randn``, ``randn_like``, ``bernoulli`` -> ``onward.keyed_random``
+
+The numbers depend on (seed, step, operation) and not on the copy: the copies, hence both halves of an antithetic pair,
+differ in nothing but the injected noise, as in backpropagation where a step has one dropout mask a sample.
+
+Declines (with UnsupportedModelError): any other operation that torch tags ``nondeterministic_seeded``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import ops
+from .errors import UnsupportedModelError
+from .graph import add_runtime_placeholder, clone, describe, finish
+
+_aten = torch.ops.aten
+
+
+def key_random_operations(module: fx.GraphModule) -> fx.GraphModule:
+    module = clone(module)
+    index = 0
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or not _is_random(node):
+            continue
+        rule = _RULES.get(node.target)
+        if rule is None:
+            raise UnsupportedModelError(
+                f"{describe(node)} draws random numbers that Onward cannot repeat for every copy. Supported: dropout, "
+                "rand, rand_like, randn, randn_like, bernoulli."
+            )
+        key = add_runtime_placeholder(module.graph, "key", None)
+        with module.graph.inserting_before(node):
+            rule(_Builder(module.graph, node, key, index))
+        index += 1
+    return finish(module)
+
+
+def _is_random(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace == "onward":
+        return False
+    return torch.Tag.nondeterministic_seeded in target.tags
+
+
+class _Builder:
+    """Adds nodes before a random node, carrying its metadata, and replaces it."""
+
+    def __init__(self, graph: fx.Graph, node: fx.Node, key: fx.Node, index: int) -> None:
+        self.graph, self.node, self.key, self.index = graph, node, key, index
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        new = self.graph.call_function(target, args, kwargs)
+        new.meta.update({name: self.node.meta[name] for name in _ORIGIN if name in self.node.meta})
+        with _fake_mode(self.node):
+            new.meta["val"] = target(*fx.map_arg(args, _value), **kwargs)
+        return new
+
+    def random(self, distribution: str, like: fx.Node) -> fx.Node:
+        """``keyed_random`` of the shape of the node `like`."""
+        val = like.meta["val"]
+        size = [
+            extent if isinstance(extent, int) else self.call(_aten.sym_size.int, like, dim)
+            for dim, extent in enumerate(val.shape)
+        ]
+        return self.sized(distribution, size, val)
+
+    def sized(self, distribution: str, size: list[Any], val: torch.Tensor) -> fx.Node:
+        dtype = val.dtype if val.is_floating_point() else torch.float32
+        return self.call(ops.keyed_random, self.key, self.index, distribution, size, dtype, val.device)
+
+    def replace(self, new: fx.Node) -> None:
+        self.node.replace_all_uses_with(new)
+        self.graph.erase_node(self.node)
+
+
+_ORIGIN = ("nn_module_stack", "stack_trace", "source_fn_stack", "from_node")
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta["val"] if node.meta["val"] is not None else torch.empty(2, dtype=torch.int64)
+
+
+def _fake_mode(node: fx.Node) -> Any:
+    from torch._guards import detect_fake_mode
+
+    mode = detect_fake_mode([node.meta["val"]])
+    assert mode is not None
+    return mode
+
+
+def _dropout(b: _Builder) -> None:
+    x, p, training = (*b.node.args, True)[:3]
+    result = b.node
+    if b.node.target == _aten.native_dropout.default:  # returns (value, mask)
+        for user in list(b.node.users):
+            if user.target is not operator.getitem or user.args[1] != 0:
+                raise UnsupportedModelError(f"{describe(b.node)}: the dropout mask itself is used; only its value may be.")
+            result = user
+    assert isinstance(x, fx.Node)
+    if not training or p == 0:
+        new = x
+    else:
+        assert isinstance(p, (int, float))
+        kept = b.call(_aten.ge.Scalar, b.random("uniform", x), p)
+        new = b.call(_aten.mul.Tensor, x, kept)
+        new = b.call(_aten.mul.Tensor, new, 0.0 if p == 1 else 1.0 / (1.0 - p))
+    result.replace_all_uses_with(new)
+    if result is not b.node:
+        b.graph.erase_node(result)
+    b.graph.erase_node(b.node)
+
+
+def _like(distribution: str) -> Callable[[_Builder], None]:
+    def rule(b: _Builder) -> None:
+        like = b.node.args[0]
+        assert isinstance(like, fx.Node)
+        b.replace(b.random(distribution, like))
+
+    return rule
+
+
+def _sized(distribution: str) -> Callable[[_Builder], None]:
+    def rule(b: _Builder) -> None:
+        b.replace(b.sized(distribution, list(b.node.args[0]), b.node.meta["val"]))  # type: ignore[arg-type]
+
+    return rule
+
+
+def _bernoulli(b: _Builder) -> None:
+    probability = b.node.args[0]
+    assert isinstance(probability, fx.Node)
+    below = b.call(_aten.lt.Tensor, b.random("uniform", probability), probability)
+    b.replace(b.call(_aten._to_copy.default, below, dtype=probability.meta["val"].dtype))
+
+
+_RULES: dict[Any, Callable[[_Builder], None]] = {
+    _aten.dropout.default: _dropout,
+    _aten.native_dropout.default: _dropout,
+    _aten.rand_like.default: _like("uniform"),
+    _aten.randn_like.default: _like("normal"),
+    _aten.rand.default: _sized("uniform"),
+    _aten.randn.default: _sized("normal"),
+    _aten.bernoulli.default: _bernoulli,
+}
+
+__all__ = ["key_random_operations"]

@@ -1,0 +1,118 @@
+"""The operators that Onward's passes insert into graphs: declared here, implemented in ``onward.runtime``.
+
+A pass may name an operator, and a graph that holds it prints, verifies and exports, without the kernels being imported.
+
+**Copies.** A run of the perturbed graph holds ``K`` copies of the batch side by side, tiled into the batch dimension.
+``copies`` is an int64 tensor ``(K,)`` of copy ids. Id ``d >= 0`` carries the noise of draw ``d``; id ``~d = -d - 1`` is its
+antithetic twin and carries exactly the negated noise.
+
+**Layout.** ``sizes``, ``dim``, ``outer`` say where the samples of a tensor are. ``sizes`` is its shape with the batch
+dimension's entry divided by the batch size ``N`` (so it is static); ``dim`` is the batch dimension, whose rows are ordered
+``(outer, N, sizes[dim] // outer)``; usually ``sizes[dim] == outer == 1``. A tiled tensor has rows
+``(outer, K, N, inner)``. ``dim = -1`` means that the tensor has no batch dimension; it cannot hold more than one copy.
+
+**Keys.** ``key`` is an int64 tensor ``(2,)`` of ``(seed, step)``. An element of noise is a function of
+``(seed, step, site, draw, element)`` alone, ``element`` being the flat index in the clean (untiled, contiguous) tensor:
+device, chunking and threads do not change it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("onward", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+for _schema in (
+    # z + sigmas[site] * noise, for every copy: (K*N, ...). `tiled` says whether z already holds the K copies.
+    "perturb(Tensor z, Tensor copies, Tensor key, Tensor sigmas, int site, str noise, "
+    "int[] sizes, int dim, int outer, bool tiled) -> Tensor",
+    # A clean tensor repeated for every copy.
+    "tile(Tensor x, Tensor copies, int dim, int outer) -> Tensor",
+    # sum over d of weights[d, sample] * score(noise of draws[d]); weights (D, N), result shaped like the clean tensor.
+    "weighted_noise_sum(Tensor weights, Tensor draws, Tensor key, int site, str noise, str score, "
+    "int[] sizes, int dim, int outer) -> Tensor",
+    # weights[k, sample] * score(noise of copies[k]) for every copy; weights (K, N), result tiled.
+    "weighted_noise(Tensor weights, Tensor copies, Tensor key, int site, str noise, str score, "
+    "int[] sizes, int dim, int outer) -> Tensor",
+    # The model's own random numbers ("uniform" on [0, 1) or "normal"), the same for every copy of a step.
+    "keyed_random(Tensor key, int op, str distribution, SymInt[] size, ScalarType dtype, Device device) -> Tensor",
+    # sign(x) with probability |x| / scale, else 0; `scale` broadcasts against x.
+    "stochastic_sign(Tensor x, Tensor scale, Tensor copies, Tensor key, int site, int[] sizes, int dim, int outer) "
+    "-> Tensor",
+    # sign(x) as bits, samples first: uint8 (planes, B, ceil(elements a sample / 8)). See `planes`.
+    "pack_signs(Tensor x, str domain, int dim) -> Tensor",
+    # The inverse: values -1, 0, +1 of `dtype`; sizes[dim] is the number of rows a sample.
+    "unpack_signs(Tensor packed, str domain, int[] sizes, int dim, ScalarType dtype) -> Tensor",
+):
+    _library.define(_schema, tags=_TAGS)
+
+DOMAINS = {"binary": 1, "nonnegative": 1, "signed": 2}
+"""Sign domains and the bits an element takes: binary is ±1, nonnegative is 0 or +, signed is -, 0 or +."""
+
+
+def _tiled_shape(shape: list[int] | torch.Size, copies: Tensor, dim: int) -> list[int]:
+    tiled = list(shape)
+    if dim >= 0:
+        tiled[dim] = tiled[dim] * copies.shape[0]
+    return tiled
+
+
+def _clean_shape(sizes: list[int], dim: int, batch: int) -> list[int]:
+    shape = list(sizes)
+    if dim >= 0:
+        shape[dim] = shape[dim] * batch
+    return shape
+
+
+@torch.library.register_fake("onward::perturb")
+def _(z, copies, key, sigmas, site, noise, sizes, dim, outer, tiled):  # type: ignore[no-untyped-def]
+    return z.new_empty(z.shape if tiled else _tiled_shape(z.shape, copies, dim))
+
+
+@torch.library.register_fake("onward::tile")
+def _(x, copies, dim, outer):  # type: ignore[no-untyped-def]
+    return x.new_empty(_tiled_shape(x.shape, copies, dim))
+
+
+@torch.library.register_fake("onward::weighted_noise_sum")
+def _(weights, draws, key, site, noise, score, sizes, dim, outer):  # type: ignore[no-untyped-def]
+    return weights.new_empty(_clean_shape(sizes, dim, weights.shape[1]))
+
+
+@torch.library.register_fake("onward::weighted_noise")
+def _(weights, copies, key, site, noise, score, sizes, dim, outer):  # type: ignore[no-untyped-def]
+    return weights.new_empty(_tiled_shape(_clean_shape(sizes, dim, weights.shape[1]), copies, dim))
+
+
+@torch.library.register_fake("onward::keyed_random")
+def _(key, op, distribution, size, dtype, device):  # type: ignore[no-untyped-def]
+    return torch.empty(size, dtype=dtype, device=device)
+
+
+@torch.library.register_fake("onward::stochastic_sign")
+def _(x, scale, copies, key, site, sizes, dim, outer):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("onward::pack_signs")
+def _(x, domain, dim):  # type: ignore[no-untyped-def]
+    samples = x.shape[dim] if dim >= 0 else 1
+    elements = x.numel() // samples
+    return x.new_empty((DOMAINS[domain], samples, (elements + 7) // 8), dtype=torch.uint8)
+
+
+@torch.library.register_fake("onward::unpack_signs")
+def _(packed, domain, sizes, dim, dtype):  # type: ignore[no-untyped-def]
+    return packed.new_empty(_clean_shape(sizes, dim, packed.shape[1]), dtype=dtype)
+
+
+perturb = torch.ops.onward.perturb.default
+tile = torch.ops.onward.tile.default
+weighted_noise_sum = torch.ops.onward.weighted_noise_sum.default
+weighted_noise = torch.ops.onward.weighted_noise.default
+keyed_random = torch.ops.onward.keyed_random.default
+stochastic_sign = torch.ops.onward.stochastic_sign.default
+pack_signs = torch.ops.onward.pack_signs.default
+unpack_signs = torch.ops.onward.unpack_signs.default

@@ -1,0 +1,174 @@
+"""Pass: trace one standalone gradient subgraph a site, the local vjp of its region with respect to its parameters.
+
+``torch.func.vjp`` of the region alone, traced by ``make_fx`` with symbolic batch, functionalised, dead code removed. What
+is left of a convolution or a linear layer is exactly the weight-gradient kernel. Inputs are the operands that the vjp
+really reads (others are dropped: they need no capture), the parameters that it reads, and ``cotangent``, the gradient of
+the loss at the noise point, shaped like the site's output. Outputs are the gradients of the site's parameters.
+
+Returns the subgraphs by site index; the graph itself is not changed.
+
+Declines: a parameter that only reaches its site through an operation without derivative (``sign(weight)``, rounding)
+has a gradient that does not depend on the cotangent; the error names it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .errors import UnreachedParameterError
+from .find_sites import Site, sites
+from .graph import Output, Role, describe, finish, set_outputs
+from .rules import Rule, rule_for
+
+
+def trace_gradients(module: fx.GraphModule, *, capture: str) -> dict[int, fx.GraphModule]:
+    """The vjp of every site; `capture` ``"exact"``, ``"sign"`` or ``"stochastic"`` decides what a norm layer reads."""
+    nodes = {node.name: node for node in module.graph.nodes}
+    return {site.index: _trace(site, nodes, capture) for site in sites(module)}
+
+
+def captures_normalized(site: Site, core: fx.Node, capture: str) -> bool:
+    """Whether the site's gradient is taken in terms of the normalised activation x̂ (see `passes.rules`)."""
+    rule = rule_for(core.target)
+    return capture != "exact" and rule.encodable and rule.normalize is not None and _last(site, core) is core
+
+
+def _last(site: Site, core: fx.Node) -> fx.Node:
+    return core if "+" not in site.operation else next(iter(core.users))
+
+
+def _trace(site: Site, nodes: dict[str, fx.Node], capture: str) -> fx.GraphModule:
+    core = nodes[site.core]
+    if captures_normalized(site, core, capture):
+        region, operands = _normalized_region(site, core, nodes)
+    else:
+        region, operands = _copied_region(site, nodes)
+    values = [nodes[name].meta["val"] for name in operands]
+    parameters = [
+        next(n for n in nodes.values() if n.op == "placeholder" and n.meta.get("target") == target
+             and n.meta["role"] == Role.PARAMETER)
+        for target in site.parameters
+    ]  # fmt: skip
+    weights = [node.meta["val"] for node in parameters]
+    output = nodes[site.output].meta["val"]
+    mode = detect_fake_mode([output])
+    assert mode is not None
+
+    def gradient(cotangent: Any, values: list[Any], weights: list[Any]) -> tuple[Any, ...]:
+        _, vjp = torch.func.vjp(lambda *parameters: region(*values, *parameters), *weights)
+        return tuple(vjp(cotangent))
+
+    with mode:
+        cotangent = torch.empty_like(output, memory_format=torch.contiguous_format)
+    with torch.no_grad():
+        traced = make_fx(torch.func.functionalize(gradient), _allow_non_fake_inputs=True)(cotangent, values, weights)
+    traced.graph.eliminate_dead_code()
+    return _normal_form(traced, site, operands, [nodes[name] for name in operands], parameters, core)
+
+
+def _copied_region(site: Site, nodes: dict[str, fx.Node]) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """The region as a function ``(*operands, *parameters) -> output``."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for name in site.operands:
+        mapping[nodes[name]] = graph.placeholder(name)
+    members = [nodes[name] for name in site.region]
+    by_target = {node.meta["target"]: node for node in members if node.op == "placeholder"}
+    for target in site.parameters:
+        mapping[by_target[target]] = graph.placeholder(by_target[target].name)
+    for node in members:
+        if node not in mapping:
+            mapping[node] = graph.node_copy(node, mapping.__getitem__)
+    graph.output(mapping[nodes[site.output]])
+    return fx.GraphModule({}, graph), site.operands
+
+
+def _normalized_region(
+    site: Site, core: fx.Node, nodes: dict[str, fx.Node]
+) -> tuple[Any, tuple[str, ...]]:
+    """``(x̂, *parameters) -> z``; x̂ has the shape of the site's output, whose name stands for it."""
+    rule: Rule = rule_for(core.target)
+    assert rule.affine is not None
+    affine = rule.affine
+    by_name = {nodes[name].meta.get("target"): name for name in site.region if nodes[name].op == "placeholder"}
+    direct = {argument.name for argument in core.args if isinstance(argument, fx.Node)}
+    gamma_first = [target for target in site.parameters if by_name[target] in direct]
+    position = {id(argument): place for place, argument in enumerate(core.args)}
+    ordered = sorted(gamma_first, key=lambda target: position[id(nodes[by_name[target]])])
+    first_is_gamma = len(ordered) == 2 or core.args[position[id(nodes[by_name[ordered[0]]])] + 1] is None
+
+    def region(x: Any, *parameters: Any) -> Any:
+        given = dict(zip(site.parameters, parameters, strict=True))
+        values = [given[target] for target in ordered]
+        if len(values) == 2:
+            return affine(x, *values)
+        return affine(x, values[0], None) if first_is_gamma else affine(x, None, values[0])
+
+    return region, (site.output,)
+
+
+def _normal_form(
+    traced: fx.GraphModule,
+    site: Site,
+    operands: tuple[str, ...],
+    operand_nodes: list[fx.Node],
+    parameters: list[fx.Node],
+    core: fx.Node,
+) -> fx.GraphModule:
+    """Name the traced placeholders, drop those that are not read, and describe the outputs."""
+    graph = traced.graph
+    places = [node for node in graph.nodes if node.op == "placeholder"]
+    roles: list[tuple[Role, Any, str]] = [(Role.RUNTIME, "cotangent", "cotangent")]
+    for name, node in zip(operands, operand_nodes, strict=True):
+        if node.op == "placeholder" and node.meta["role"] != Role.INPUT:
+            roles.append((node.meta["role"], node.meta["target"], name))
+        else:
+            roles.append((Role.VALUE, name, name))
+    roles += [(Role.PARAMETER, node.meta["target"], node.name) for node in parameters]
+    clean = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node, (role, target, name) in zip(places, roles, strict=True):
+        if node.users or target == "cotangent":
+            mapping[node] = new = clean.placeholder(name)
+            new.meta.update(role=role, target=target, val=node.meta.get("val"))
+            if role == Role.PARAMETER:
+                new.meta["trainable"] = True
+    for node in graph.nodes:
+        if node.op != "placeholder" and node.op != "output":
+            mapping[node] = clean.node_copy(node, mapping.__getitem__)
+    results = graph.output_node().args[0]
+    assert isinstance(results, (tuple, list))
+    gradients = []
+    for target, result in zip(site.parameters, results, strict=True):
+        if not isinstance(result, fx.Node) or not _depends_on(result, places[0]):
+            raise UnreachedParameterError(
+                f"the parameter {target!r} has no local derivative at {describe(core)}: on its way there it passes an "
+                "operation whose derivative is zero (sign, round, comparison, argmax, detach). It would stay untrained. "
+                "Freeze it, or keep the operation without derivative on the activations."
+            )
+        gradients.append((Output("gradient", target), mapping[result]))
+    clean.output(tuple(value for _, value in gradients))
+    module = fx.GraphModule(traced, clean)
+    set_outputs(module, gradients)
+    return finish(module)
+
+
+def _depends_on(node: fx.Node, source: fx.Node) -> bool:
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current is source:
+            return True
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return False
+
+
+__all__ = ["captures_normalized", "trace_gradients"]

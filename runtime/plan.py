@@ -1,0 +1,83 @@
+"""The plan of a step as data: a list of actions, made before the step and printable.
+
+========  ==============================================================================================
+``F3``    stage 3 of the clean forward
+``P1.0``  the perturbed run of group 1, chunk 0 of its copies
+``G2``    the gradient subgraph of site 2, from the losses of all copies
+``G2.0``  the gradient subgraph of site 2 for chunk 0 (its captures are that chunk's own)
+========  ==============================================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..compiler.program import CompiledModel
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A stage of the clean run."""
+
+    stage: int
+
+    def __str__(self) -> str:
+        return f"F{self.stage}"
+
+
+@dataclass(frozen=True)
+class Perturb:
+    """A chunk of a group's copies."""
+
+    run: int
+    chunk: int
+    copies: tuple[int, ...]
+    """Copy ids (`passes.ops`): ``d`` carries the noise of draw d, ``~d`` the negated noise."""
+
+    def __str__(self) -> str:
+        return f"P{self.run}.{self.chunk}"
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A site's gradient subgraph, for one chunk or (``chunk = None``) for all copies at once."""
+
+    site: int
+    chunk: int | None
+
+    def __str__(self) -> str:
+        return f"G{self.site}" if self.chunk is None else f"G{self.site}.{self.chunk}"
+
+
+Action = Forward | Perturb | Gradient
+
+
+def make_plan(compiled: CompiledModel) -> tuple[Action, ...]:
+    """The serial order of a step: clean run, then group by group its chunks and its sites' gradients."""
+    actions: list[Action] = [Forward(stage) for stage in range(len(compiled.stages))]
+    for run in compiled.runs:
+        subgraphs = [gradient for gradient in compiled.gradients if gradient.run == run.index]
+        for number, copies in enumerate(chunks(compiled)):
+            actions.append(Perturb(run.index, number, copies))
+            actions += [Gradient(g.site.index, number) for g in subgraphs if g.per_copy]
+        actions += [Gradient(g.site.index, None) for g in subgraphs if not g.per_copy]
+    return tuple(actions)
+
+
+def chunks(compiled: CompiledModel) -> list[tuple[int, ...]]:
+    """Copy ids of every chunk. Both halves of a pair stay in one chunk, unless copies run one at a time."""
+    estimator = compiled.estimator
+    size = estimator.copies if estimator.chunk is None else min(estimator.chunk, estimator.copies)
+    draws = range(estimator.draws)
+    if compiled.sequential:
+        return [(copy,) for d in draws for copy in ((d, ~d) if estimator.antithetic else (d,))]
+    if not estimator.antithetic:
+        return [tuple(draws[start : start + size]) for start in range(0, len(draws), size)]
+    half = size // 2
+    groups = [draws[start : start + half] for start in range(0, len(draws), half)]
+    return [(*group, *(~d for d in group)) for group in groups]
+
+
+def format_plan(plan: tuple[Action, ...]) -> str:
+    """The plan in one line: ``F0 F1 P0.0 G0 P1.0 G1``."""
+    return " ".join(str(action) for action in plan)

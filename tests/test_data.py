@@ -1,0 +1,237 @@
+"""The data sets: splits, standardisation, conversion from the hub's columns, and batches."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+from onward.models import DATASETS, Dataset, TensorBatches, load, loaders
+from onward.models.data import HUB_SOURCES, HubSource, images_to_tensor, split_to_tensors, standardise
+from onward.passes.errors import DataError, OptionError, UnknownNameError
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load("digits")
+
+
+def raw_rows(inputs: Tensor, dataset: Dataset) -> set[bytes]:
+    """The images as they were before standardisation, each as its bytes."""
+    images = (inputs * dataset.std + dataset.mean).round().to(torch.uint8)
+    return {image.numpy().tobytes() for image in images}
+
+
+def test_digits_have_the_documented_form(digits: Dataset) -> None:
+    assert digits.input_shape == (1, 8, 8)
+    assert digits.num_features == 64
+    assert digits.num_classes == 10
+    assert len(digits.train) == 1437
+    assert len(digits.test) == 360
+    for inputs, targets in (digits.train.tensors, digits.test.tensors):
+        assert inputs.shape[1:] == digits.input_shape
+        assert inputs.dtype == torch.float32
+        assert inputs.isfinite().all()
+        assert targets.dtype == torch.int64
+        assert set(targets.tolist()) == set(range(10))
+
+
+def test_digits_split_is_disjoint_complete_and_stratified(digits: Dataset) -> None:
+    train, test = (raw_rows(split.tensors[0], digits) for split in (digits.train, digits.test))
+    assert len(train) + len(test) == 1797
+    assert not train & test
+    counts = torch.bincount(digits.test.tensors[1])
+    assert counts.min() >= 34
+    assert counts.max() <= 38
+
+
+def test_digits_split_is_stable_and_moved_only_by_its_own_seed(digits: Dataset) -> None:
+    torch.manual_seed(99)
+    np.random.seed(99)
+    again = load("digits")
+    for ours, theirs in zip(again.test.tensors, digits.test.tensors, strict=True):
+        assert torch.equal(ours, theirs)
+    other = load("digits", seed=1)
+    assert raw_rows(other.test.tensors[0], other) != raw_rows(digits.test.tensors[0], digits)
+
+
+def test_standardisation_uses_the_training_split_only() -> None:
+    torch.manual_seed(0)
+    train = torch.randn(50, 3, 4, 4) * torch.tensor([1.0, 5.0, 0.1]).view(1, 3, 1, 1) + 7
+    test = torch.randn(20, 3, 4, 4)
+    new_train, new_test, mean, std = standardise(train, test)
+    assert mean.shape == std.shape == (1, 3, 1, 1)
+    torch.testing.assert_close(new_train.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(new_train.std(dim=(0, 2, 3), correction=0), torch.ones(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(new_test * std + mean, test, atol=1e-4, rtol=1e-4)
+    for changed in (test + 100, test[:1]):
+        assert torch.equal(standardise(train, changed)[0], new_train)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 5.3, -1e6])
+def test_a_constant_channel_divides_by_one(constant: float) -> None:
+    train = torch.full((1000, 2), constant)
+    train[:, 1] = torch.arange(1000)
+    new_train, new_test, _, std = standardise(train, train[:3] + 1)
+    assert std[0, 0] == 1
+    assert new_train.isfinite().all()
+    torch.testing.assert_close(new_test[:, 0], torch.ones(3), atol=0.1, rtol=0)
+
+
+def test_unknown_data_sets_show_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown data set 'fashion_mnist'. Did you mean 'fashion-mnist'\?"):
+        load("fashion_mnist")
+    assert set(DATASETS) == {"digits", "fashion-mnist", "cifar10", "cifar100"}
+
+
+def pil_images(mode: str, num: int, size: tuple[int, int]) -> tuple[np.ndarray[Any, Any], list[Image.Image]]:
+    width, height = size
+    shape = (num, height, width) if mode == "L" else (num, height, width, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return pixels, [Image.fromarray(array) for array in pixels]
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
+def test_pil_images_become_tensors(mode: str, channels: int) -> None:
+    pixels, images = pil_images(mode, 5, (6, 4))
+    assert all(image.mode == mode for image in images)
+    tensor = images_to_tensor(images)
+    assert tensor.shape == (5, channels, 4, 6)
+    assert tensor.dtype == torch.float32
+    assert tensor.is_contiguous()
+    expected = pixels.reshape(5, 4, 6, channels).transpose(0, 3, 1, 2) / 255
+    np.testing.assert_allclose(tensor.numpy(), expected, atol=1e-6)
+
+
+def test_unfit_images_are_declined() -> None:
+    _, images = pil_images("L", 2, (6, 4))
+    with pytest.raises(DataError, match="one shape"):
+        images_to_tensor([*images, images[0].convert("RGB")])
+    with pytest.raises(DataError, match="no images"):
+        images_to_tensor([])
+    with pytest.raises(DataError, match="8-bit"):
+        images_to_tensor([np.zeros((4, 6))])
+
+
+class Split(dict[str, list[Any]]):
+    """The part of `datasets.Dataset` that conversion uses."""
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self)
+
+
+def test_columns_become_tensors() -> None:
+    _, images = pil_images("RGB", 3, (4, 4))
+    split = Split(img=images, fine_label=[7, 0, 99], coarse_label=[1, 1, 1])
+    inputs, targets = split_to_tensors(split, "img", "fine_label")
+    assert inputs.shape == (3, 3, 4, 4)
+    assert targets.tolist() == [7, 0, 99]
+    assert targets.dtype == torch.int64
+    with pytest.raises(DataError, match=r"no column 'image'; it has img, fine_label, coarse_label\."):
+        split_to_tensors(split, "image", "fine_label")
+
+
+@pytest.mark.parametrize("name", HUB_SOURCES)
+@pytest.mark.parametrize("library", ["datasets", "PIL"])
+def test_a_missing_library_says_what_to_install(name: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(DataError, match=r"pip install 'onward\[data\]'"):
+        load(name)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a data set that the library `datasets` reads from Parquet files, as it reads those of the hub."""
+    library = pytest.importorskip("datasets", reason="needs the extra 'data'")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    features = library.Features(img=library.Image(), fine_label=library.ClassLabel(names=["a", "b", "c"]))
+    for split, num in (("train", 12), ("test", 5)):
+        _, images = pil_images("RGB", num, (8, 8))
+        columns = {"img": images, "fine_label": [number % 3 for number in range(num)]}
+        library.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
+    monkeypatch.setitem(HUB_SOURCES, "cifar100", HubSource(str(folder), "img", "fine_label", 3, "Noise"))
+    return "cifar100"
+
+
+def test_hub_data_sets_load(hub: str, tmp_path: Path) -> None:
+    dataset = load(hub, root=tmp_path / "cache")
+    assert dataset.input_shape == (3, 8, 8)
+    assert dataset.num_classes == 3
+    assert dataset.train.tensors[1].tolist() == [0, 1, 2] * 4
+    assert len(dataset.test) == 5
+    torch.testing.assert_close(dataset.train.tensors[0].mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    assert any((tmp_path / "cache").iterdir())
+
+
+def test_an_unreachable_hub_says_what_to_do(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(HUB_SOURCES, hub, HubSource(str(tmp_path / "none"), "img", "label", 3, "Nothing"))
+    with pytest.raises(DataError, match="HF_HOME") as caught:
+        load(hub, root=tmp_path / "cache")
+    assert "HF_DATASETS_OFFLINE=1" in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+def small(num: int = 11) -> TensorDataset:
+    return TensorDataset(torch.arange(2.0 * num).reshape(num, 2), torch.arange(num))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 20])
+def test_batches_are_those_of_a_data_loader(batch_size: int) -> None:
+    def generator() -> torch.Generator:
+        return torch.Generator().manual_seed(5)
+
+    data = small()
+    plain = DataLoader(data, batch_size, sampler=RandomSampler(data, generator=generator()))
+    ordered = DataLoader(data, batch_size)
+    for ours, theirs in (
+        (TensorBatches(data, batch_size, shuffle=True, generator=generator()), plain),
+        (TensorBatches(data, batch_size), ordered),
+    ):
+        assert len(ours) == len(theirs)
+        for our_batch, their_batch in zip(ours, theirs, strict=True):
+            assert type(our_batch) is type(their_batch)
+            assert all(torch.equal(a, b) for a, b in zip(our_batch, their_batch, strict=True))
+
+
+def order(batches: TensorBatches) -> list[int]:
+    return [int(target) for _, targets in batches for target in targets]
+
+
+def test_order_depends_on_the_seed_alone(digits: Dataset) -> None:
+    first, _ = loaders(digits, batch_size=32, seed=3)
+    second, _ = loaders(digits, batch_size=50, seed=3)
+    other, _ = loaders(digits, batch_size=32, seed=4)
+    epochs = [order(first), order(first)]
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    assert [order(second), order(second)] == epochs
+    assert torch.equal(torch.get_rng_state(), before)
+    assert epochs[0] != epochs[1]
+    assert order(other) != epochs[0]
+    first.generator.manual_seed(3)
+    assert order(first) == epochs[0]
+
+
+def test_loaders_cover_every_sample_once(digits: Dataset) -> None:
+    train, test = loaders(digits, batch_size=32, seed=0)
+    assert len(train) == 45
+    assert len(test) == 12
+    assert sorted(order(train)) == sorted(digits.train.tensors[1].tolist())
+    assert order(test) == digits.test.tensors[1].tolist()
+    assert order(test) == order(test)
+    assert train.dataset is digits.train
+    assert train.batch_size == 32
+
+
+def test_a_batch_needs_a_sample(digits: Dataset) -> None:
+    with pytest.raises(OptionError, match="batch_size must be at least 1"):
+        loaders(digits, batch_size=0, seed=0)
