@@ -5,7 +5,7 @@ In front of the vjp go
 1. ``unpack_signs`` (and the scale) for every encoded capture,
 2. the cotangent, from the losses' ``weights`` and regenerated noise: ``weighted_noise_sum`` where the captures are the
    clean run's and all copies share one vjp (DESIGN.md 5), ``weighted_noise`` where every copy has its own captures (1),
-3. the scaling of sizes by the number of copies, in the second case.
+3. in the second case, the scaling of sizes by the number of copies, and the tiling of constants with one row a sample.
 
 What a completed subgraph reads is captures, parameters, constants, ``weights``, the ids of draws or copies, and the key:
 never another subgraph's result, and never noise.
@@ -60,13 +60,18 @@ def complete_gradient(
     for node, capture in late:
         if capture.encoding != "exact":
             mapping[node] = _decoded(graph, mapping[node], capture, node)
-    for node in list(mapping):
-        if node.meta["role"] == Role.VALUE and isinstance(node.meta.get("val"), (int, torch.SymInt)) and per_copy:
+    captured = {node for node, _ in late}
+    layouts = {node.name: node.meta.get("layout") for node in graph_module.graph.nodes}
+    for node in list(mapping) if per_copy else ():
+        layout = layouts.get(node.meta["target"]) if node.meta["role"] == Role.VALUE else None
+        if isinstance(node.meta.get("val"), (int, torch.SymInt)):
             mapping[node] = _scaled(graph, mapping[node], ids, multiple_of_batch(node.meta["val"], batch))
+        elif layout is not None and layout.batched and node not in captured:  # a constant with one row a sample
+            mapping[node] = graph.call_function(ops.tile, (mapping[node], ids, layout.dim, layout.outer))
     target = ops.weighted_noise if per_copy else ops.weighted_noise_sum
-    layout = site.layout
+    at = site.layout
     cotangent = graph.call_function(
-        target, (weights, ids, key, site.index, noise, score, list(layout.sizes), layout.dim, layout.outer)
+        target, (weights, ids, key, site.index, noise, score, list(at.sizes), at.dim, at.outer)
     )
     place = next(node for node in vjp.graph.nodes if node.op == "placeholder" and node.meta["target"] == "cotangent")
     cotangent.meta["val"] = place.meta.get("val")

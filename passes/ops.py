@@ -43,7 +43,7 @@ for _schema in (
     "-> Tensor",
     # sign(x) as bits, samples first: uint8 (planes, B, ceil(elements a sample / 8)). See `planes`.
     "pack_signs(Tensor x, str domain, int dim) -> Tensor",
-    # The inverse: values -1, 0, +1 of `dtype`; sizes[dim] is the number of rows a sample.
+    # The inverse: values -1, 0, +1 of `dtype`; B is the extent of `dim`, whatever sizes[dim] says.
     "unpack_signs(Tensor packed, str domain, int[] sizes, int dim, ScalarType dtype) -> Tensor",
 ):
     _library.define(_schema, tags=_TAGS)
@@ -105,7 +105,10 @@ def _(x, domain, dim):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("onward::unpack_signs")
 def _(packed, domain, sizes, dim, dtype):  # type: ignore[no-untyped-def]
-    return packed.new_empty(_clean_shape(sizes, dim, packed.shape[1]), dtype=dtype)
+    shape = list(sizes)
+    if dim >= 0:
+        shape[dim] = packed.shape[1]
+    return packed.new_empty(shape, dtype=dtype)
 
 
 perturb = torch.ops.onward.perturb.default

@@ -1,6 +1,6 @@
 """Pass: trace one standalone gradient subgraph a site, the local vjp of its region with respect to its parameters.
 
-``torch.func.vjp`` of the region alone, traced by ``make_fx`` with symbolic batch, functionalised, dead code removed. What
+The region alone is differentiated, traced by ``make_fx`` with symbolic batch, functionalised, dead code removed. What
 is left of a convolution or a linear layer is exactly the weight-gradient kernel. Inputs are the operands that the vjp
 really reads (others are dropped: they need no capture), the parameters that it reads, and ``cotangent``, the gradient of
 the loss at the noise point, shaped like the site's output. Outputs are the gradients of the site's parameters.
@@ -20,16 +20,17 @@ from torch import fx
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .errors import UnreachedParameterError
+from .errors import UnreachedParameterError, UnsupportedModelError
 from .find_sites import Site, sites
 from .graph import Output, Role, describe, finish, set_outputs
+from .locate_samples import batch_symbol
 from .rules import Rule, rule_for
 
 
 def trace_gradients(module: fx.GraphModule, *, capture: str) -> dict[int, fx.GraphModule]:
     """The vjp of every site; `capture` ``"exact"``, ``"sign"`` or ``"stochastic"`` decides what a norm layer reads."""
     nodes = {node.name: node for node in module.graph.nodes}
-    return {site.index: _trace(site, nodes, capture) for site in sites(module)}
+    return {site.index: _trace(module, site, nodes, capture) for site in sites(module)}
 
 
 def captures_normalized(site: Site, core: fx.Node, capture: str) -> bool:
@@ -42,7 +43,7 @@ def _last(site: Site, core: fx.Node) -> fx.Node:
     return core if "+" not in site.operation else next(iter(core.users))
 
 
-def _trace(site: Site, nodes: dict[str, fx.Node], capture: str) -> fx.GraphModule:
+def _trace(module: fx.GraphModule, site: Site, nodes: dict[str, fx.Node], capture: str) -> fx.GraphModule:
     core = nodes[site.core]
     if captures_normalized(site, core, capture):
         region, operands = _normalized_region(site, core, nodes)
@@ -60,15 +61,61 @@ def _trace(site: Site, nodes: dict[str, fx.Node], capture: str) -> fx.GraphModul
     assert mode is not None
 
     def gradient(cotangent: Any, values: list[Any], weights: list[Any]) -> tuple[Any, ...]:
-        _, vjp = torch.func.vjp(lambda *parameters: region(*values, *parameters), *weights)
-        return tuple(vjp(cotangent))
+        # autograd.grad and not torch.func.vjp, whose wrappers read sizes as integers and so would fix the batch size
+        leaves = [weight.detach().requires_grad_() for weight in weights]
+        with torch.enable_grad():
+            result = region(*values, *leaves)
+        if not result.requires_grad:
+            return (None,) * len(leaves)
+        return torch.autograd.grad(result, leaves, cotangent, allow_unused=True)
 
-    with mode:
+    with mode, torch.no_grad():
         cotangent = torch.empty_like(output, memory_format=torch.contiguous_format)
-    with torch.no_grad():
-        traced = make_fx(torch.func.functionalize(gradient), _allow_non_fake_inputs=True)(cotangent, values, weights)
+        traced = make_fx(gradient, _allow_non_fake_inputs=True)(cotangent, values, weights)
+    _check_symbolic(batch_symbol(module), core)
+    _functionalize(traced)
     traced.graph.eliminate_dead_code()
     return _normal_form(traced, site, operands, [nodes[name] for name in operands], parameters, core)
+
+
+def _check_symbolic(batch: Any, core: fx.Node) -> None:
+    """A local derivative whose formula reads sizes as integers would silently fix the batch size: refuse it."""
+    for node in core.graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor) and any(isinstance(extent, torch.SymInt) for extent in val.shape):
+            environment = next(extent for extent in val.shape if isinstance(extent, torch.SymInt)).node.shape_env
+            if batch is not None and batch in environment.replacements:
+                raise UnsupportedModelError(f"the derivative of {describe(core)} does not allow a free batch size.")
+            return
+
+
+def _functionalize(module: fx.GraphModule) -> None:
+    """Replace in-place operations by their functional twins (they act on the derivative's own intermediates)."""
+    for node in list(module.graph.nodes):
+        target = node.target
+        if target == torch.ops.aten.detach.default:  # no autograd graph is ever built
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            module.graph.erase_node(node)
+            continue
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            name, overload = target._schema.name.removesuffix("_"), target._overloadname
+            namespace, _, packet = name.partition("::")
+            functional = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+            mutated = node.args[0]
+            assert isinstance(mutated, fx.Node)
+            node.target = functional
+            later = _after(node)
+            mutated.replace_all_uses_with(node, delete_user_cb=lambda user, later=later: user in later)
+    module.recompile()
+
+
+def _after(node: fx.Node) -> set[fx.Node]:
+    later = set()
+    current = node.next
+    while current.op != "root":
+        later.add(current)
+        current = current.next
+    return later
 
 
 def _copied_region(site: Site, nodes: dict[str, fx.Node]) -> tuple[fx.GraphModule, tuple[str, ...]]:

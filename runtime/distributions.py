@@ -93,8 +93,8 @@ def _polynomial(square: Array, coefficients: tuple[float, ...]) -> Array:
 
 
 def _minus_log(lane: Array) -> Array:
-    """``-log u`` for u uniform on ``{1, …, 2^24} / 2^24`` from a lane's upper 24 bits: finite, and never negative."""
-    number = _as_float(_upper_24(lane) + 1)
+    """``-log u`` for u uniform on ``{1, …, 2^24} / 2^24`` from a lane's upper 24 bits (as a signed number): finite, and never negative."""
+    number = _as_float((lane >> 8) + 0x800001)
     number *= 2.0**-24
     bits = _float_bits(number)
     exponent = (bits - _SQRT_HALF_BITS) >> 23

@@ -93,6 +93,16 @@ class JsonLines:
         self._file.close()
 
 
+def require_tensorboard() -> None:
+    """Raise `OptionError` if TensorBoard is not installed."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise OptionError(
+            "tensorboard=True needs the package tensorboard: pip install 'onward[tensorboard]'"
+        ) from error
+
+
 class TensorBoard:
     """Scalars for TensorBoard, in event files under `directory`.
 
@@ -102,12 +112,9 @@ class TensorBoard:
     """
 
     def __init__(self, directory: Path, *, step: int = 0) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise OptionError(
-                "tensorboard=True needs the package tensorboard: pip install 'onward[tensorboard]'"
-            ) from error
+        require_tensorboard()
+        from torch.utils.tensorboard import SummaryWriter
+
         purge_step = step + 1 if step else None
         self._writer = SummaryWriter(str(directory), purge_step=purge_step)
 
@@ -162,7 +169,14 @@ class ProgressBar:
                 console=console,
                 auto_refresh=False,
             )
-            fields: dict[str, Any] = {"epoch": 1, "epochs": epochs, "loss": "–", "validation": "", "forwards": "0", "note": ""}
+            fields: dict[str, Any] = {
+                "epoch": 1,
+                "epochs": epochs,
+                "loss": "–",
+                "validation": "",
+                "forwards": "0",
+                "note": "",
+            }
             total = None if steps_per_epoch is None else epochs * steps_per_epoch
             self._task: TaskID = self._progress.add_task("train", total=total, completed=done, **fields)
 

@@ -12,7 +12,7 @@ a GPU (a GPU tensor works but makes the host wait).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -23,20 +23,24 @@ from torch import Tensor
 from ..passes import ops as ops
 from ..passes.errors import OptionError, unknown_name
 from .distributions import MODEL_DISTRIBUTIONS, UNIFORM, Array, Distribution, noise_named
-from .philox import Key, Purpose, philox_lanes, philox_lanes_numpy
+from .philox import Key, Lanes, Purpose, philox_lanes, philox_lanes_numpy
 
 _NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
 
+Tile = tuple[slice, slice, slice]
+"""Ranges of rows, samples and inner elements that are consecutive elements of a clean tensor."""
+
+
 class Limits(NamedTuple):
-    """How much is made at once: elements of one draw, Philox blocks, and numbers in one piece."""
+    """How much is made at once: elements of one draw in a tile, Philox blocks, and one-bit numbers in one piece."""
 
     elements: int
     blocks: int
     numbers: int
 
 
-CPU_LIMITS = Limits(elements=1 << 16, blocks=1 << 13, numbers=1 << 16)
+CPU_LIMITS = Limits(elements=1 << 15, blocks=1 << 13, numbers=1 << 17)
 """Measured: half of a 1 MB second-level cache."""
 DEVICE_LIMITS = Limits(elements=1 << 22, blocks=1 << 20, numbers=1 << 22)
 
@@ -48,7 +52,13 @@ class Layout(NamedTuple):
     samples: int
     inner: int
 
-    def tiles(self, capacity: int) -> Iterator[tuple[slice, slice, slice]]:
+    def elements(self, tile: Tile) -> tuple[int, int]:
+        """First element of a tile and the one after its last."""
+        rows, samples, inner = tile
+        start = (rows.start * self.samples + samples.start) * self.inner + inner.start
+        return start, start + math.prod(part.stop - part.start for part in tile)
+
+    def tiles(self, capacity: int) -> Iterator[Tile]:
         """Index triples that cut it into ranges of at most `capacity` consecutive elements, in order."""
         if self.samples * self.inner <= capacity:
             steps = (max(1, capacity // max(1, self.samples * self.inner)), max(1, self.samples), max(1, self.inner))
@@ -138,63 +148,74 @@ class Source:
         self.draws = draws
         self.key = key
         self.dtype = dtype
-        self.device = device
         self.scale = scale
-        self.use_numpy = device.type == "cpu" and dtype in _NUMPY_DTYPES
-        self.limits = limits or (CPU_LIMITS if device.type == "cpu" else DEVICE_LIMITS)
-        self.capacity = min(self.limits.elements, self.limits.blocks * distribution.elements_per_block)
+        self.device = device
+        self.on_cpu = device.type == "cpu"
+        self.use_numpy = self.on_cpu and dtype in _NUMPY_DTYPES
+        self.limits = limits or (CPU_LIMITS if self.on_cpu else DEVICE_LIMITS)
 
-    def pieces(self, start: int, count: int) -> Iterator[tuple[int, int, Array]]:
-        """``(i, j, numbers)`` for draws ``i … j - 1`` of the list and elements ``start … start + count - 1``."""
+    def pieces(self, layout: Layout) -> Iterator[tuple[int, int, Tile, Array]]:
+        """``(i, j, tile, numbers)``, numbers (draws i … j - 1, rows, samples, inner) of one tile of the layout after another.
+
+        Random words are made for several tiles at once, numbers for several draws of one tile.
+        """
         per_block = self.distribution.elements_per_block
-        first = start // per_block
-        num_blocks = -(-(start + count) // per_block) - first
-        skipped = start - first * per_block
-        group = max(1, min(self.limits.blocks // num_blocks, self.limits.numbers // count if self._sampled else MAX_DRAWS))
-        for i in range(0, len(self.draws), group):
-            j = min(i + group, len(self.draws))
-            if self.device.type == "cpu":
-                pieces = self._on_cpu(self.draws[i:j], first, num_blocks, skipped, count)
-            else:
-                pieces = self._on_device(self.draws[i:j], first, num_blocks, skipped, count)
-            for a, b, numbers in pieces:
-                yield i + a, i + b, numbers
+        tiles = list(layout.tiles(self.limits.elements))
+        together = max(1, self.limits.blocks * per_block // (self.limits.elements * max(1, len(self.draws))))
+        for at in range(0, len(tiles), together):
+            batch = tiles[at : at + together]
+            start, stop = layout.elements(batch[0])[0], layout.elements(batch[-1])[1]
+            first = start // per_block
+            num_blocks = -(-stop // per_block) - first
+            group = max(1, self.limits.blocks // num_blocks)
+            for i in range(0, len(self.draws), group):
+                numbers_of = self._numbers(self.draws[i : i + group], first, num_blocks)
+                for tile in batch:
+                    begin, end = layout.elements(tile)
+                    shape = tuple(part.stop - part.start for part in tile)
+                    for a, b, numbers in numbers_of(begin - first * per_block, end - first * per_block):
+                        yield i + a, i + b, tile, numbers.reshape(b - a, *shape)
 
-    @property
-    def _sampled(self) -> bool:
-        return self.distribution.sample is not None
-
-    def _on_cpu(
-        self, draws: Sequence[int], first: int, num_blocks: int, skipped: int, count: int
-    ) -> Iterator[tuple[int, int, Array]]:
+    def _numbers(self, draws: Sequence[int], first: int, num_blocks: int) -> _Numbers:
+        """The numbers of some blocks, as a function of a range of their elements."""
+        if not self.on_cpu:
+            ids = torch.tensor(draws, dtype=torch.int64).to(self.device, non_blocking=True)
+            return self._sampled(numbers_from_lanes(self.distribution, philox_lanes(ids, first, num_blocks, self.key)))
         lanes = philox_lanes_numpy(draws, first, num_blocks, self.key)
-        if self.distribution.sample is not None:
-            words = tuple(lane.astype(np.uint32).view(np.int32) for lane in lanes)
-            numbers = self.distribution.sample(words)[:, skipped : skipped + count]  # type: ignore[arg-type]
-            yield 0, len(draws), self._finished(numbers)
-            return
-        words = np.empty((len(draws), num_blocks, 4), "<u4")
+        if self.distribution.sample is None:
+            return self._one_bit(lanes)
+        low, mid, high, top = (lane.astype(np.uint32).view(np.int32) for lane in lanes)
+        return self._sampled(self.distribution.sample((low, mid, high, top)))
+
+    def _sampled(self, numbers: Array) -> _Numbers:
+        numbers = self._finished(numbers)
+
+        def numbers_of(begin: int, end: int) -> Iterator[tuple[int, int, Array]]:
+            yield 0, len(numbers), numbers[:, begin:end]
+
+        return numbers_of
+
+    def _one_bit(self, lanes: Lanes) -> _Numbers:
+        """Signs by table: eight numbers of a byte are one copy of 32 (or 64) bytes."""
+        words = np.empty((*lanes[0].shape, 4), "<u4")
         for lane, values in enumerate(lanes):
             words[..., lane] = values
-        first_byte, last_byte = skipped // 8, -(-(skipped + count) // 8)
-        num_bytes = last_byte - first_byte
-        octets = words.view(np.uint8).reshape(len(draws), num_blocks * 16)[:, first_byte:last_byte]
+        octets = words.view(np.uint8).reshape(len(words), -1)
         table = _signs_of_bytes(_NUMPY_DTYPES[self.dtype], float(self.scale)) if self.use_numpy else _UNIT_SIGNS
-        group = max(1, self.limits.numbers // count)
-        scratch = np.empty((min(group, len(draws)), num_bytes, 8), table.dtype)
-        for i in range(0, len(draws), group):
-            j = min(i + group, len(draws))
-            signs = scratch[: j - i]
-            np.take(table, octets[i:j].astype(np.intp), axis=0, out=signs, mode="clip")
-            numbers = signs.reshape(j - i, num_bytes * 8)[:, skipped % 8 : skipped % 8 + count]
-            yield i, j, numbers if self.use_numpy else self._finished(numbers)
 
-    def _on_device(
-        self, draws: Sequence[int], first: int, num_blocks: int, skipped: int, count: int
-    ) -> Iterator[tuple[int, int, Array]]:
-        ids = torch.tensor(draws, dtype=torch.int64).to(self.device, non_blocking=True)
-        numbers = numbers_from_lanes(self.distribution, philox_lanes(ids, first, num_blocks, self.key))
-        yield 0, len(draws), self._finished(numbers[:, skipped : skipped + count])
+        def numbers_of(begin: int, end: int) -> Iterator[tuple[int, int, Array]]:
+            part = octets[:, begin // 8 : -(-end // 8)]
+            num_draws, num_bytes = part.shape
+            group = min(num_draws, max(1, self.limits.numbers // (8 * num_bytes)))
+            scratch = np.empty((group, num_bytes, 8), table.dtype)
+            for i in range(0, num_draws, group):
+                j = min(i + group, num_draws)
+                signs = scratch[: j - i]
+                np.take(table, part[i:j].astype(np.intp), axis=0, out=signs, mode="clip")
+                numbers = signs.reshape(j - i, num_bytes * 8)[:, begin % 8 : begin % 8 + end - begin]
+                yield i, j, numbers if self.use_numpy else self._finished(numbers)
+
+        return numbers_of
 
     def _finished(self, numbers: Array) -> Array:
         """float32 `numbers` in the dtype asked for, scaled."""
@@ -205,7 +226,7 @@ class Source:
         return numbers if isinstance(self.scale, float) and self.scale == 1.0 else numbers * self.scale
 
 
-MAX_DRAWS = 1 << 16
+_Numbers = Callable[[int, int], Iterator[tuple[int, int, Array]]]
 _UNIT_SIGNS = _signs_of_bytes(np.float32, 1.0)
 
 
@@ -223,16 +244,6 @@ def _arrays(use_numpy: bool, *tensors: Tensor) -> tuple[Any, ...]:
     if use_numpy:
         return (np, *(tensor.detach().numpy() for tensor in tensors))
     return (torch, *tensors)
-
-
-def _tile_pieces(source: Source, layout: Layout) -> Iterator[tuple[int, int, tuple[slice, slice, slice], Array]]:
-    """``(i, j, tile, numbers)`` with numbers (draws i … j - 1, rows, samples, inner) of one tile of the layout after another."""
-    for tile in layout.tiles(source.capacity):
-        rows, samples, inner = tile
-        shape = tuple(part.stop - part.start for part in tile)
-        start = (rows.start * layout.samples + samples.start) * layout.inner + inner.start
-        for i, j, numbers in source.pieces(start, math.prod(shape)):
-            yield i, j, tile, numbers.reshape(j - i, *shape)
 
 
 def _runs_within(runs: Sequence[Run], i: int, j: int) -> Iterator[tuple[slice, slice, int]]:
@@ -283,7 +294,7 @@ def perturb(
         return result
     source = Source(distribution, draws, _key(key, site, Purpose.NOISE), z.dtype, z.device, scale)
     xp, destination, origin = _arrays(source.use_numpy, target, clean)
-    for i, j, (rows, samples, inner), numbers in _tile_pieces(source, layout):
+    for i, j, (rows, samples, inner), numbers in source.pieces(layout):
         for piece, copy, sign in _runs_within(runs, i, j):
             operation = xp.add if sign > 0 else xp.subtract
             operation(
@@ -347,7 +358,7 @@ def weighted_noise_sum(
         wide = -wide
     result = torch.zeros(_clean_shape(sizes, dim, weights.shape[1]), dtype=dtype, device=weights.device)
     xp, total, factors = _arrays(source.use_numpy, result.view(layout), wide)
-    for i, j, part, numbers in _tile_pieces(source, layout):
+    for i, j, part, numbers in source.pieces(layout):
         values = numbers if scored is None else scored(numbers)
         total[part] += xp.einsum("dn,dpnq->pnq", factors[i:j, part[1]], values)
     return result.to(weights.dtype)
@@ -386,7 +397,7 @@ def weighted_noise(
     result = torch.empty(shape, dtype=weights.dtype, device=weights.device)
     target = result.view(layout.rows, num_copies, layout.samples, layout.inner)
     xp, destination, factors = _arrays(source.use_numpy, target, signed)
-    for i, j, (rows, samples, inner), numbers in _tile_pieces(source, layout):
+    for i, j, (rows, samples, inner), numbers in source.pieces(layout):
         values = numbers if scored is None else scored(numbers)
         for piece, copy, _sign in _runs_within(runs, i, j):
             xp.multiply(
@@ -417,7 +428,7 @@ def keyed_random(
     wide = dtype if dtype in _NUMPY_DTYPES else torch.float32
     source = Source(row, (0,), _key(key, op, Purpose.MODEL), wide, result.device)
     xp, destination = _arrays(source.use_numpy and wide == dtype, result.view(-1))
-    for _, _, (_, _, inner), numbers in _tile_pieces(source, Layout(1, 1, result.numel())):
+    for _, _, (_, _, inner), numbers in source.pieces(Layout(1, 1, result.numel())):
         values = numbers.reshape(-1)
         if wide != dtype:
             values = torch.from_numpy(values) if source.use_numpy else values
@@ -453,7 +464,7 @@ def stochastic_sign(
     xp, destination, values, scales = _arrays(
         source.use_numpy, result.view(full), x.to(wide).reshape(full), scale.to(wide).expand_as(x).reshape(full)
     )
-    for i, j, (rows, samples, inner), numbers in _tile_pieces(source, layout):
+    for i, j, (rows, samples, inner), numbers in source.pieces(layout):
         part = (rows, slice(i, j), samples, inner)
         kept = numbers.swapaxes(0, 1) * scales[part] < abs(values[part])
         xp.multiply(xp.sign(values[part]), kept, out=destination[part])

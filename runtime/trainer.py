@@ -49,7 +49,7 @@ from ..passes.errors import (
     unknown_name,
 )
 from . import checkpoint as checkpoints
-from .metrics import JsonLines, ProgressBar, Sink, TensorBoard
+from .metrics import JsonLines, ProgressBar, Sink, TensorBoard, require_tensorboard
 
 Metric: TypeAlias = Callable[[Any, Any], Tensor]
 
@@ -218,6 +218,8 @@ class Trainer:
             raise OptionError("checkpoint_every and tensorboard need a directory")
         if isinstance(metrics, str) and metrics not in METRICS:
             raise unknown_name("metric", metrics, METRICS)
+        if tensorboard:
+            require_tensorboard()
         _check_optimizer(program.model, optimizer)
         self.program = program
         self.optimizer = optimizer
@@ -480,7 +482,7 @@ class Trainer:
                     if stoppable and self._stop:
                         return None
                     inputs, target = self._split(batch)
-                    output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+                    output = _forward(model, inputs)
                     count = _batch_size(inputs, target)
                     sums["loss"] += float(self.program.per_sample_loss(output, target).double().mean()) * count
                     for name, metric in self.metrics.items():
@@ -496,7 +498,7 @@ class Trainer:
     # --- parts --------------------------------------------------------------------------------------------------------
 
     def _split(self, batch: Any) -> tuple[Any, Any]:
-        """(inputs, target) on the model's device: a tensor, or a tuple where the batch has several inputs."""
+        """(inputs, target) on the model's device; the inputs as a tuple where the batch has several."""
         if not isinstance(batch, tuple | list) or len(batch) < 2:
             raise BatchError(
                 f"a batch must be a tuple (inputs…, target), not a {type(batch).__name__}"
@@ -606,6 +608,13 @@ def _to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {key: _to_device(item, device) for key, item in value.items()}
     return value
+
+
+def _forward(model: nn.Module, inputs: Any) -> Any:
+    """The model's output for inputs as `Program.step` takes them: a tensor, positional or keyword arguments."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
 
 
 def _batch_size(*values: Any) -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from training_run import StandIn, make_model, make_program
+from training_run import StandIn, make_model
 
 from onward.passes.errors import CheckpointError
 from onward.runtime import checkpoint as checkpoints
@@ -111,7 +111,7 @@ def test_optimizer_state_round_trips_to_the_bit(tmp_path: Path, name: str) -> No
     make = optimizers()[name]
 
     def fresh() -> tuple[StandIn, torch.optim.Optimizer]:
-        program = make_program()
+        program = StandIn(make_model())
         names = [n for n, _ in program.model.named_parameters()]
         groups = [[p for n, p in program.model.named_parameters() if n in part] for part in (names[:2], names[2:])]
         return program, make([{"params": group} for group in groups])
@@ -162,7 +162,7 @@ SCHEDULERS: dict[str, Any] = {
 @pytest.mark.parametrize("name", list(SCHEDULERS))
 def test_schedulers_round_trip(tmp_path: Path, name: str) -> None:
     def fresh() -> tuple[StandIn, torch.optim.Optimizer, Any]:
-        program = make_program()
+        program = StandIn(make_model())
         optimizer = torch.optim.SGD(program.model.parameters(), lr=0.1, momentum=0.9)
         return program, optimizer, SCHEDULERS[name](optimizer)
 
@@ -278,7 +278,7 @@ def test_damage_is_seen_and_the_one_before_is_used(tmp_path: Path, file: str, da
     assert found.state["step"] == 10
     damage(tmp_path / "step-000000010" / file)
     if damage is not alter:
-        with pytest.raises(CheckpointError, match="no checkpoint in .* can be used.*step-000000020.*step-000000010"):
+        with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used.*step-000000020.*step-000000010"):
             checkpoints.latest(tmp_path)
 
 
@@ -360,7 +360,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(CheckpointError, match="step-000000002.*No space left"):
+    with pytest.raises(CheckpointError, match=r"step-000000002.*No space left"):
         checkpoints.write(tmp_path, 2, {"x": torch.ones(1)})
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000001"]
 
@@ -369,7 +369,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
 
 
 def test_a_foreign_checkpoint_says_what_differs_and_changes_nothing(tmp_path: Path) -> None:
-    program = make_program()
+    program = StandIn(make_model())
     optimizer = torch.optim.Adam(program.model.parameters())
     checkpoints.write(tmp_path, 1, checkpoints.capture(program, optimizer, None, None))
     found = checkpoints.latest(tmp_path)
@@ -404,7 +404,7 @@ def test_a_foreign_checkpoint_says_what_differs_and_changes_nothing(tmp_path: Pa
 
 
 def test_another_torch_version_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = make_program()
+    program = StandIn(make_model())
     optimizer = torch.optim.Adam(program.model.parameters())
     monkeypatch.setattr(checkpoints, "versions", lambda: {"torch": "1.0"})
     checkpoints.write(tmp_path, 1, checkpoints.capture(program, optimizer, None, None))
@@ -416,7 +416,7 @@ def test_another_torch_version_is_a_warning(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_json_is_plain(tmp_path: Path) -> None:
-    program = make_program()
+    program = StandIn(make_model())
     state = checkpoints.capture(program, torch.optim.Adam(program.model.parameters()), None, OrderedDict(batch=2))
     path = checkpoints.write(tmp_path, 7, state)
     document = json.loads((path / "state.json").read_text())

@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+import onward
+from onward.compiler.program import CompiledModel
 from onward.runtime import checkpoint as checkpoints
 from onward.runtime.trainer import Trainer
 
@@ -33,7 +35,7 @@ FEATURES, CLASSES, BATCH = 6, 3, 8
 
 
 class StandIn:
-    """A real, tiny forward-only program: simultaneous perturbation of all weights, keyed by (seed, step)."""
+    """A program in miniature, with a tensor in its state: simultaneous perturbation, keyed by (seed, step)."""
 
     def __init__(self, model: nn.Module, seed: int = 0) -> None:
         self.model, self.seed = model, seed
@@ -94,13 +96,29 @@ class Points(Dataset[tuple[Tensor, Tensor]]):
         return point, self.target[index]
 
 
-def make_model() -> nn.Sequential:
+class Net(nn.Sequential):
+    """Layers one after the other, with a batch norm's buffers among them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+def make_model() -> Net:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, CLASSES))
+    return Net(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, CLASSES))
 
 
-def make_program(seed: int = 0) -> StandIn:
-    return StandIn(make_model(), seed)
+@functools.cache
+def _compiled() -> CompiledModel:
+    estimator = onward.LikelihoodRatio(copies=2, groups="joint")
+    return onward.compile(make_model(), (torch.zeros(4, FEATURES),), loss=F.cross_entropy, estimator=estimator).compiled
+
+
+def make_program(seed: int = 0) -> onward.Program:
+    """The same untrained program each time; the graphs, which are data, are compiled once."""
+    return onward.Program(make_model(), _compiled(), F.cross_entropy, seed)
 
 
 def make_loader(*, workers: int = 0, own_generator: bool = True, augment: bool = True) -> DataLoader[Any]:
@@ -258,6 +276,7 @@ def kill_in_writes(folder: Path, epochs: int, every: int) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)  # no thread pool yet, so forking is safe
     mode, path = sys.argv[1], Path(sys.argv[2])
+    make_program().step(*make_validation())  # compiles, and warms up what the children share
     if mode == "random":
         report = kill_at_random(path, kills=20, epochs=int(sys.argv[3]))
     else:
