@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -106,10 +107,10 @@ def _signature(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> Sig
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> tuple[ExportedProgram, str]:
     dim = Dim("batch")
     shapes = pytree.tree_map(lambda leaf: {0: dim} if _is_batched(leaf, batch) else None, (args, kwargs))
-    # torch.export wants one entry a parameter of forward, by name if any is passed by name
-    dynamic: Any = shapes[0] if not kwargs else {**_names(model, shapes[0]), **shapes[1]}
 
     def export(target: nn.Module, strict: bool) -> ExportedProgram:
+        # torch.export wants one entry a parameter of forward, *args and **kwargs being one each
+        dynamic = dict(inspect.signature(target.forward).bind(*shapes[0], **shapes[1]).arguments)
         return torch.export.export(target, args, kwargs, dynamic_shapes=dynamic, strict=strict)
 
     def retrace() -> ExportedProgram:
@@ -143,14 +144,12 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
     )
 
 
-def _names(model: nn.Module, positional: tuple[Any, ...]) -> dict[str, Any]:
-    import inspect
-
-    return dict(zip(inspect.signature(model.forward).parameters, positional, strict=False))
+_ADVERTISEMENTS = ("For more information about this error", "The error above occurred when calling torch.export")
 
 
 def _first_lines(error: BaseException, count: int = 12) -> str:
     lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(_ADVERTISEMENTS)]
     user = [line for line in lines[count:] if line.strip().startswith("File ") and "/torch/" not in line]
     return "\n    ".join(lines[:count] + user[-2:])
 
@@ -176,13 +175,12 @@ def _normal_form(exported: ExportedProgram, model: nn.Module) -> tuple[fx.GraphM
     graph = fx.Graph()
     graph.output(graph.graph_copy(exported.graph_module.graph, {}))
     module = fx.GraphModule({}, graph)
-    by_name = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    places = [node for node in graph.nodes if node.op == "placeholder"]
     parameters: dict[int, fx.Node] = {}
     constants: dict[str, Any] = {}
     canonical = {id(parameter): name for name, parameter in model.named_parameters()}
     index = 0
-    for spec in exported.graph_signature.input_specs:
-        node = by_name[spec.arg.name]
+    for spec, node in zip(exported.graph_signature.input_specs, places, strict=True):
         match spec.kind:
             case InputKind.PARAMETER:
                 assert spec.target is not None

@@ -28,6 +28,7 @@ from .cost import forward_share
 from .estimator import LikelihoodRatio
 from .probe import probe_samples
 from .program import CompiledModel, GradientSubgraph, PassRecord, PerturbedRun
+from .verify import verify
 
 GraphPass = Callable[[fx.GraphModule], fx.GraphModule]
 
@@ -77,9 +78,11 @@ def compile_model(model: nn.Module, example_inputs: Any, estimator: LikelihoodRa
     groups = resolve_groups(estimator.groups, found)
     runs, gradients, sequential = _split(module, groups, vjps, estimator, bool(mixes_samples))
     stages = _clean_stages(module, runs, gradients)
-    return CompiledModel(
+    compiled = CompiledModel(
         captured, estimator, tuple(history), found, stages, runs, gradients, mixes_samples, sequential
     )
+    verify(compiled)
+    return compiled
 
 
 def resolve_groups(groups: str | Sequence[Sequence[str]], found: Sequence[Site]) -> list[tuple[int, ...]]:
@@ -199,7 +202,7 @@ def _untileable(run: fx.GraphModule) -> str:
         if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
             layout = node.meta.get("layout")
             if node.meta.get("kind") == Kind.ACTIVATION and (layout is None or not layout.batched):
-                return describe(node)
+                return describe(node.args[0] if "noise_of" in node.meta else node)  # type: ignore[arg-type]
     return ""
 
 

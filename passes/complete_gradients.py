@@ -92,16 +92,21 @@ def complete_gradient(
 def _decoded(graph: fx.Graph, packed: fx.Node, capture: Capture, node: fx.Node) -> fx.Node:
     layout = capture.layout
     assert layout is not None
-    dtype = node.meta["val"].dtype
-    signs = graph.call_function(ops.unpack_signs, (packed, capture.domain, list(layout.sizes), layout.dim, dtype))
-    signs.meta["val"] = node.meta["val"]
+    val = node.meta["val"]
+    samples = val.shape[layout.dim] if layout.batched else 1
+    planes, row_bytes = ops.DOMAINS[capture.domain], (layout.elements + 7) // 8
+    packed.meta["val"] = val.new_empty((planes, samples, row_bytes), dtype=torch.uint8)
+    signs = graph.call_function(ops.unpack_signs, (packed, capture.domain, list(layout.sizes), layout.dim, val.dtype))
+    signs.meta["val"] = val
     if capture.encoding != "stochastic":
         return signs
     with graph.inserting_after(packed):
         scale = graph.placeholder(f"{packed.name}_scale")
+    extents = [extent if dim == layout.dim else 1 for dim, extent in enumerate(val.shape)]
     scale.meta.update(role=Role.VALUE, target=capture.scale, capture=capture.encoding, kind=Kind.ACTIVATION)
+    scale.meta["val"] = val.new_empty(extents)
     scaled = graph.call_function(_aten.mul.Tensor, (signs, scale))
-    scaled.meta["val"] = node.meta["val"]
+    scaled.meta["val"] = val
     return scaled
 
 

@@ -100,10 +100,14 @@ class Origin:
         return f"{where} ({self.line})" if self.line else where
 
 
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
+"""What ``torch.export`` puts for the module of nodes that it made itself (the batch size, for one)."""
+
+
 def origin(node: fx.Node) -> Origin:
     """The module path and source line that `node` was traced from."""
     stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
+    paths = [path for path, _ in stack.values() if path != _NO_MODULE]
     module = paths[-1].removeprefix("L['self'].").removeprefix("L['self']") if paths else ""
     return Origin(module=module, line=_source_line(node.meta.get("stack_trace") or ""))
 
@@ -112,7 +116,7 @@ def _source_line(trace: str) -> str:
     frames = [line.strip() for line in trace.strip().splitlines() if line.strip()]
     for position in range(len(frames) - 1, -1, -1):
         frame = frames[position]
-        if frame.startswith('File "') and "/torch/" not in frame.split('"')[1]:
+        if frame.startswith('File "') and "/torch/" not in f"/{frame.split(chr(34))[1]}":
             file, rest = frame.split('"')[1], frame.split("line ")[1]
             number = rest.split(",")[0].strip()
             code = frames[position + 1] if position + 1 < len(frames) else ""
@@ -181,7 +185,7 @@ def add_runtime_placeholder(graph: fx.Graph, name: str, val: Any) -> fx.Node:
             if node.meta.get("role") == Role.RUNTIME and node.meta["target"] == name:
                 return node
             last = node
-    with graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes))):
+    with graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes), None)):
         node = graph.placeholder(name)
     node.meta.update(role=Role.RUNTIME, target=name, val=val, kind=Kind.CONSTANT)
     return node

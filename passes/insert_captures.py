@@ -100,7 +100,8 @@ def captures_of(module: fx.GraphModule) -> dict[int, tuple[Capture, ...]]:
 def _source(module: fx.GraphModule, site: Site, operand: str, nodes: dict[str, fx.Node], capture: str) -> fx.Node:
     core = nodes[site.core]
     if operand != site.output or not captures_normalized(site, core, capture):
-        return nodes[operand]
+        source = nodes[operand]  # with its noise, if it is a noise point itself: the activation that reaches this site
+        return next((user for user in source.users if "noise_of" in user.meta and user.args[0] is source), source)
     name = f"{site.output}_normalized"
     if name not in nodes:
         rule = rule_for(core.target)

@@ -7,7 +7,8 @@ Rewrites:
 The numbers depend on (seed, step, operation) and not on the copy: the copies, hence both halves of an antithetic pair,
 differ in nothing but the injected noise, as in backpropagation where a step has one dropout mask a sample.
 
-Declines (with UnsupportedModelError): any other operation that torch tags ``nondeterministic_seeded``.
+Declines (with UnsupportedModelError): any other operation that torch tags ``nondeterministic_seeded``, attention with
+dropout among them (attention without dropout draws nothing and stays).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def key_random_operations(module: fx.GraphModule) -> fx.GraphModule:
     module = clone(module)
     index = 0
     for node in list(module.graph.nodes):
-        if node.op != "call_function" or not _is_random(node):
+        if node.op != "call_function" or not is_random(node):
             continue
         rule = _RULES.get(node.target)
         if rule is None:
@@ -45,11 +46,18 @@ def key_random_operations(module: fx.GraphModule) -> fx.GraphModule:
     return finish(module)
 
 
-def _is_random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
+    """Whether `node` draws from torch's generator."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace == "onward":
         return False
+    if target == _aten.scaled_dot_product_attention.default and not _attention_dropout(node):
+        return False
     return torch.Tag.nondeterministic_seeded in target.tags
+
+
+def _attention_dropout(node: fx.Node) -> Any:
+    return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
 
 
 class _Builder:
@@ -153,4 +161,4 @@ _RULES: dict[Any, Callable[[_Builder], None]] = {
     _aten.bernoulli.default: _bernoulli,
 }
 
-__all__ = ["key_random_operations"]
+__all__ = ["is_random", "key_random_operations"]

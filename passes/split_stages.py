@@ -31,8 +31,9 @@ def split_stages(module: fx.GraphModule, cuts: Iterable[str]) -> list[fx.GraphMo
         results[where.get(node, last)].append((output, node))
     for number, segment in enumerate(segments):
         for node in segment:
-            if any(where.get(user, number) > number for user in node.users):
-                results[number].append((Output("value", node.name), node))
+            value = Output("value", node.name)
+            if any(where.get(user, number) > number for user in node.users) and (value, node) not in results[number]:
+                results[number].append((value, node))
     return [_stage(module, segment, result) for segment, result in zip(segments, results, strict=True)]
 
 

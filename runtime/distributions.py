@@ -1,11 +1,12 @@
 """From random words to numbers: the distributions of Onward's noise, with their scores.
 
-Every noise has unit variance. Its score is minus the derivative of its log density (DESIGN equation 1; arXiv 2305.08960), or
-a one-bit stand-in scaled so that, still, ``E[score · noise] = 1`` (equation 2; arXiv 2403.12320).
+Every noise has unit variance. Its score is minus the derivative of its log density (DESIGN equation 1; arXiv
+2305.08960), or a one-bit stand-in scaled so that, still, ``E[score · noise] = 1`` (equation 2; arXiv 2403.12320).
 
-The formulas use only additions, multiplications, divisions, square roots and integer operations, one array operation each, which IEEE 754
-rounds in one way: NumPy and torch, CPU and CUDA, give identical bits, and how an array is cut into blocks does not matter.
-(Library logarithms and sines differ between devices and, in vectorised loops, between the body and the tail of an array.)
+The formulas use only additions, multiplications, divisions, square roots and integer operations, one array operation
+each, which IEEE 754 rounds in one way: NumPy and torch, CPU and CUDA, give identical bits, and how an array is cut into
+blocks does not matter. (Library logarithms and sines differ between devices and, in vectorised loops, between the body
+and the tail of an array.)
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ _LOGARITHM = (2.0, 0.666668176651001, 0.3997483551502228, 0.2992483377456665)
 class Distribution:
     """How random bits become numbers; a noise has zero mean and unit variance.
 
-    `bits` is the number of random bits an element takes: 1 (numbers are ±1) or 32 (one lane). `sample` turns the four lanes
-    of blocks, int32 arrays (D, B), into float32 (D, 4 B), element ``4 b + lane``; it is None for one-bit numbers.
+    `bits` is the number of random bits an element takes: 1 (numbers are ±1) or 32 (one lane). `sample` turns the four
+    lanes of blocks, int32 arrays (D, B), into float32 (D, 4 B), element ``4 b + lane``; it is None for one-bit numbers.
     `scores` maps the name of a score to the function of the noise, which may work in place; None is the noise itself.
     """
 
@@ -72,11 +73,16 @@ def _float_from_bits(integers: Array) -> Array:
     return integers.view(np.float32 if isinstance(integers, np.ndarray) else torch.float32)
 
 
+def _square_root(numbers: Array) -> Array:
+    """The correctly rounded root of float32 numbers. torch's own is not on a CPU; of float64's, rounded, it is."""
+    return np.sqrt(numbers) if isinstance(numbers, np.ndarray) else numbers.double().sqrt().float()
+
+
 def _interleaved(columns: list[Array]) -> Array:
     """Arrays (D, B) as one (D, len(columns) * B), element ``len(columns) * b + column``."""
     first = columns[0]
     stack = np.stack if isinstance(first, np.ndarray) else torch.stack
-    return stack(columns, -1).reshape(first.shape[0], -1)  # type: ignore[operator]
+    return stack(columns, -1).reshape(first.shape[0], -1)
 
 
 def _upper_24(lane: Array) -> Array:
@@ -93,7 +99,8 @@ def _polynomial(square: Array, coefficients: tuple[float, ...]) -> Array:
 
 
 def _minus_log(lane: Array) -> Array:
-    """``-log u`` for u uniform on ``{1, …, 2^24} / 2^24`` from a lane's upper 24 bits (as a signed number): finite, and never negative."""
+    """``-log u`` for u uniform on ``{1, …, 2^24} / 2^24`` from a lane's upper 24 bits (as a signed number): finite, and
+    never negative."""
     number = _as_float((lane >> 8) + 0x800001)
     number *= 2.0**-24
     bits = _float_bits(number)
@@ -122,7 +129,7 @@ def _box_muller(lane_a: Array, lane_b: Array) -> list[Array]:
     """Two independent normal numbers: radius from one lane, angle from the other (half a turn and a sign)."""
     radius = _minus_log(lane_a)
     radius *= 2.0
-    radius = _with_sign_of(np.sqrt(radius) if isinstance(radius, np.ndarray) else radius.sqrt(), lane_b)
+    radius = _with_sign_of(_square_root(radius), lane_b)
     angle = _as_float((lane_b << 1) >> 1)
     angle *= math.pi * 2.0**-31
     square = angle * angle

@@ -1,9 +1,9 @@
 """Signs as packed bits: eight elements a byte and plane (DESIGN equations 2 and 3).
 
 A domain (`onward.passes.ops.DOMAINS`) says what an element may be and how many bit planes that takes. Binary and
-nonnegative have the plane ``x > 0``, which reads back as ±1 and as 0 or 1; signed has ``x > 0`` and ``x < 0``, reading back
-as -1, 0 or +1. Samples come first, one row of bytes each; bit j of byte i is element ``8 i + j`` of the sample, the rest of
-the last byte is zero.
+nonnegative have the plane ``x > 0``, which reads back as ±1 and as 0 or 1; signed has ``x > 0`` and ``x < 0``, reading
+back as -1, 0 or +1. Samples come first, one row of bytes each; bit j of byte i is element ``8 i + j`` of the sample,
+the rest of the last byte is zero.
 
 `pack_bits` and `unpack_bits` are the definition, for any device; on a CPU NumPy makes the same bytes faster.
 """
@@ -68,9 +68,9 @@ def _check_domain(domain: str) -> None:
         raise unknown_name("sign domain", domain, DOMAINS)
 
 
-@torch.library.impl("onward::pack_signs", "CompositeExplicitAutograd")
 def pack_signs(x: Tensor, domain: str, dim: int) -> Tensor:
-    """The signs of `x`: uint8 (planes, B, ceil(elements a sample / 8)), B the extent of the batch dimension `dim` (-1: 1).
+    """The signs of `x`: uint8 (planes, B, ceil(elements a sample / 8)), B the extent of the batch dimension `dim` (-1:
+    1).
 
     `x` is real, of any dtype. NaN counts as "not positive, not negative". Raises UnknownNameError for a domain.
     """
@@ -83,9 +83,9 @@ def pack_signs(x: Tensor, domain: str, dim: int) -> Tensor:
     return packed[0][None] if len(packed) == 1 else torch.stack(packed)
 
 
-@torch.library.impl("onward::unpack_signs", "CompositeExplicitAutograd")
 def unpack_signs(packed: Tensor, domain: str, sizes: Sequence[int], dim: int, dtype: torch.dtype) -> Tensor:
-    """The inverse of `pack_signs`: values -1, 0, +1 of `dtype`, contiguous, shaped `sizes` but B = ``packed.shape[1]`` at `dim`.
+    """The inverse of `pack_signs`: values -1, 0, +1 of `dtype`, contiguous, shaped `sizes` but B = ``packed.shape[1]``
+    at `dim`.
 
     Raises UnknownNameError for a domain.
     """
@@ -102,3 +102,7 @@ def unpack_signs(packed: Tensor, domain: str, sizes: Sequence[int], dim: int, dt
     if dim < 0:
         return values.reshape(shape).contiguous()
     return values.reshape(num_rows, *others).movedim(0, dim).contiguous()
+
+
+for _function in (pack_signs, unpack_signs):
+    torch.library.impl(f"onward::{_function.__name__}", "CompositeExplicitAutograd", _function)

@@ -3,8 +3,8 @@
 Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. A word is a function of a 128-bit
 counter and a 64-bit key alone; no state, so nothing depends on device, chunking, order or threads.
 
-Onward's counter is ``(block, draw, site | purpose << 24, step)`` and its key is the seed, all as 32-bit words (of seed and
-step the low 64 and 32 bits). One block gives four words, its *lanes*.
+Onward's counter is ``(block, draw, site | purpose << 24, step)`` and its key is the seed, all as 32-bit words (of seed
+and step the low 64 and 32 bits). One block gives four words, its *lanes*.
 
 `philox` is the definition, for tensors on any device. `philox_lanes_numpy` gives the same words on a CPU, faster: the
 arithmetic is one unsigned 64-bit product a word and round, so what counts is the number of passes and of calls.
@@ -34,7 +34,8 @@ MAX_SITES = 1 << 24
 Lanes = tuple[Any, Any, Any, Any]
 Words = npt.NDArray[np.uint64]
 
-# Up to this many blocks the number of NumPy calls decides, beyond it the number of bytes (measured: they meet near 3000).
+# Up to this many blocks the number of NumPy calls decides, beyond it the number of bytes (measured: they meet near
+# 3000).
 _SMALL = 2048
 _LOW = 0 if sys.byteorder == "little" else 1
 
@@ -48,7 +49,8 @@ class Purpose(IntEnum):
 
 
 class Key(NamedTuple):
-    """What all the blocks of one stream have in common: the seed (64 bits), the step (32 bits), the site, the purpose."""
+    """What all the blocks of one stream have in common: the seed (64 bits), the step (32 bits), the site, the
+    purpose."""
 
     seed: int
     step: int
@@ -70,7 +72,8 @@ def round_keys(seed: int) -> tuple[tuple[int, int], ...]:
 
 
 def philox(counter: Lanes, seed: int) -> Lanes:
-    """The four output words of a `counter` of four int64 tensors of words in [0, 2^32) that broadcast, as int64 tensors.
+    """The four output words of a `counter` of four int64 tensors of words in [0, 2^32) that broadcast, as int64
+    tensors.
 
     Signed products wrap in two's complement, so that masking gives both halves of the unsigned 64-bit product.
     """
@@ -116,9 +119,9 @@ def _stretched_constants(seed: int, num: int) -> tuple[list[Words], list[npt.NDA
 def _few_blocks(draws: Words, blocks: Words, key: Key) -> Lanes:
     """Three NumPy calls a round, every one on 1-D arrays, which skips NumPy's general iterator.
 
-    `words` holds the counter's words 0 and 2 one after the other, `products` the 64-bit products, whose low halves are the
-    next words 1 and 3. A round exchanges the two streams; the second is stored backwards, so that reading the low halves
-    backwards is that exchange.
+    `words` holds the counter's words 0 and 2 one after the other, `products` the 64-bit products, whose low halves are
+    the next words 1 and 3. A round exchanges the two streams; the second is stored backwards, so that reading the low
+    halves backwards is that exchange.
     """
     shape = (len(draws), len(blocks))
     num = shape[0] * shape[1]

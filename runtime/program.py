@@ -163,7 +163,7 @@ class Program:
         for index, leaf in enumerate(leaves):
             environment[f"input:{index}"] = leaf
         environment["runtime:key"] = torch.tensor([self.seed, self.step_count], dtype=torch.int64, device=device)
-        environment["runtime:sigmas"] = torch.tensor(self.sigmas, device=device)
+        environment["runtime:sigmas"] = torch.tensor(self.sigmas, dtype=torch.float64, device=device)
         return environment
 
     def _loss(self, target: Any, samples: int) -> Any:

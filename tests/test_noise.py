@@ -1,6 +1,7 @@
 """Keyed noise: Philox words, numbers and moments, layouts against a plain NumPy formula, what must not matter.
 
-Bounds of the statistical tests are z-scores of 5 (one false alarm in 1.7 million); seeds are fixed, so they never flake.
+Bounds of the statistical tests are z-scores of 5 (one false alarm in 1.7 million); seeds are fixed, so they never
+flake.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from torch import Tensor
 
 from onward.passes import ops
 from onward.passes.errors import OptionError, UnknownNameError
-from onward.runtime import noise as noise_module
+from onward.runtime import noise_source
 from onward.runtime import philox as philox_module
 from onward.runtime.distributions import MODEL_DISTRIBUTIONS, NOISES, UNIFORM, Distribution
-from onward.runtime.noise import Layout, Limits, Source, copy_runs, numbers_from_lanes
+from onward.runtime.noise import perturb
+from onward.runtime.noise_source import Layout, Limits, Source, copy_runs, numbers_from_lanes
 from onward.runtime.philox import Key, Purpose, philox, philox_lanes, philox_lanes_numpy
 
 SEED, STEP, SITE = 2**40 + 17, 5, 2
 KEY = torch.tensor([SEED, STEP])
 SIGMAS = torch.tensor([0.0, 1.0, 0.25])
 CPU = torch.device("cpu")
+NOISE_KEY = Key(SEED, STEP, SITE, Purpose.NOISE)
 Z_BOUND = 5.0
 
 # ---------------------------------------------------------------------------------------------- reference formulas
@@ -45,7 +48,7 @@ def reference_words(counter: tuple[int, int, int, int], seed: int) -> tuple[int,
     return c0, c1, c2, c3
 
 
-def reference_noise(noise: str, draw: int, count: int, key: Key = Key(SEED, STEP, SITE, Purpose.NOISE)) -> Any:
+def reference_noise(noise: str, draw: int, count: int, key: Key = NOISE_KEY) -> Any:
     """One draw in float64 (exact for Rademacher and uniform)."""
     per_block = 128 if noise == "rademacher" else 4
     numbers: list[float] = []
@@ -187,7 +190,9 @@ def test_numbers_against_the_formula(distribution: Distribution) -> None:
     for row, draw in zip(values, (0, 9), strict=True):
         exact = distribution.name in ("rademacher", "uniform")
         # float32 logarithm, root and sine: a few units in the last place of numbers of size up to 6.
-        np.testing.assert_allclose(row, reference_noise(distribution.name, draw, count), rtol=0, atol=0 if exact else 4e-6)
+        np.testing.assert_allclose(
+            row, reference_noise(distribution.name, draw, count), rtol=0, atol=0 if exact else 4e-6
+        )
 
 
 @pytest.mark.parametrize("distribution", [*NOISES.values(), UNIFORM], ids=lambda row: row.name)
@@ -203,7 +208,7 @@ def test_numpy_and_torch_give_identical_bits(distribution: Distribution) -> None
 def test_extreme_words_give_finite_numbers(noise: str) -> None:
     words = [0, 1, 255, 256, 2**30, 2**31 - 1, 2**31, 2**31 + 255, 2**32 - 1]
     lanes = tuple(torch.tensor(column) for column in zip(*itertools.product(words, repeat=4), strict=True))
-    values = numbers_from_lanes(NOISES[noise], tuple(lane[None] for lane in lanes))  # type: ignore[arg-type]
+    values = numbers_from_lanes(NOISES[noise], (lanes[0][None], lanes[1][None], lanes[2][None], lanes[3][None]))
     assert values.isfinite().all()
     assert values.abs().max() < 12
 
@@ -255,7 +260,8 @@ def z_score(values: Any, expected: float) -> float:
 
 @pytest.mark.parametrize(("noise", "kurtosis"), [("gaussian", 3.0), ("laplace", 6.0), ("rademacher", 1.0)])
 def test_moments(noise: str, kurtosis: float) -> None:
-    """400,000 numbers: sees, with power above 0.99, a mean off by 0.012 and a variance off by 0.026 (Laplace; less else)."""
+    """400,000 numbers: sees, with power above 0.99, a mean off by 0.012 and a variance off by 0.026 (Laplace; less
+    else)."""
     values = numbers(NOISES[noise], [0, 1, 2, 3], COUNT // 4).astype(np.float64).reshape(-1)
     assert abs(z_score(values, 0.0)) < Z_BOUND
     if noise == "rademacher":
@@ -326,14 +332,13 @@ def test_operators_against_numpy(sizes: list[int], dim: int, outer: int, order: 
     draws = {d: reference_noise(noise, d, count).reshape(shape) for d in {signed_draw(copy)[0] for copy in copies}}
     eps = [sign * draws[d] for d, sign in map(signed_draw, copies)]
     ids = torch.tensor(copies)
-    tolerance = {"rtol": 1e-6, "atol": 5e-6}
 
     tiled = naive_tiled([z.numpy()] * len(copies), dim, outer)
     np.testing.assert_array_equal(ops.tile(z, ids, dim, outer), tiled)
 
     expected = naive_tiled([z.numpy() + 0.25 * e for e in eps], dim, outer)
     result = ops.perturb(z, ids, KEY, SIGMAS, SITE, noise, sizes, dim, outer, False)
-    np.testing.assert_allclose(result, expected, **tolerance)
+    np.testing.assert_allclose(result, expected, rtol=1e-6, atol=5e-6)
     again = ops.perturb(torch.from_numpy(tiled), ids, KEY, SIGMAS, SITE, noise, sizes, dim, outer, True)
     assert torch.equal(again, result)
 
@@ -342,7 +347,7 @@ def test_operators_against_numpy(sizes: list[int], dim: int, outer: int, order: 
     for score in ("exact", "sign"):
         terms = [w.numpy()[sample] * reference_score(noise, score, e) for w, e in zip(weights, eps, strict=True)]
         each = ops.weighted_noise(weights, ids, KEY, SITE, noise, score, sizes, dim, outer)
-        np.testing.assert_allclose(each, naive_tiled(terms, dim, outer), **tolerance)
+        np.testing.assert_allclose(each, naive_tiled(terms, dim, outer), rtol=1e-6, atol=5e-6)
         total = ops.weighted_noise_sum(weights, ids, KEY, SITE, noise, score, sizes, dim, outer)
         np.testing.assert_allclose(total, sum(terms), rtol=1e-6, atol=5e-5)
 
@@ -357,7 +362,8 @@ def test_without_a_batch_dimension(noise: str) -> None:
     weights = torch.randn(1, 4)
     for operator in (ops.weighted_noise, ops.weighted_noise_sum):
         value = operator(weights, one, KEY, SITE, noise, "exact", [3, 7], -1, 1)
-        np.testing.assert_allclose(value, weights.sum().item() * eps, rtol=1e-4, atol=1e-5)
+        expected = weights.sum().item() * reference_score(noise, "exact", eps)
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_several_copies_need_a_batch_dimension() -> None:
@@ -421,7 +427,7 @@ def test_chunks_of_copies_change_nothing() -> None:
 
     def perturbed(copies: list[int]) -> Tensor:
         ids = torch.tensor(copies)
-        return ops.perturb(z, ids, KEY, SIGMAS, SITE, "gaussian", sizes, 0, 1, False).view(len(copies), *z.shape)
+        return perturb(z, ids, KEY, SIGMAS, SITE, "gaussian", sizes, 0, 1, False).view(len(copies), *z.shape)
 
     whole = perturbed([*range(8), *(~d for d in range(8))])
     for chunk in ([0, 1, -1, -2], [5, -6], [7], [-3, 2]):
@@ -514,7 +520,8 @@ def test_stochastic_sign_against_the_formula() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_stochastic_sign_is_unbiased(dtype: torch.dtype) -> None:
-    """2,000 draws of 60 elements: bound sqrt(p (1 - p) / 2000) a unit of z, so a bias of 0.08 is seen with power above 0.98."""
+    """2,000 draws of 60 elements: bound sqrt(p (1 - p) / 2000) a unit of z, so a bias of 0.08 is seen with power above
+    0.98."""
     row = torch.linspace(-1.5, 1.5, 60, dtype=torch.float64).to(dtype)
     copies = torch.tensor([*range(1000), *(~d for d in range(1000))])
     x = row.repeat(2000, 1)
@@ -568,8 +575,42 @@ def test_inputs_need_no_particular_form() -> None:
     with torch.no_grad():
         result = ops.perturb(z, torch.tensor([1]), KEY, SIGMAS, SITE, "laplace", [1, 3, 4], 0, 1, False)
         plain = z.detach().contiguous()
-        assert torch.equal(result, ops.perturb(plain, torch.tensor([1]), KEY, SIGMAS, SITE, "laplace", [1, 3, 4], 0, 1, False))
-    assert noise_module.perturb is not None
+        direct = perturb(plain, torch.tensor([1]), KEY, SIGMAS, SITE, "laplace", [1, 3, 4], 0, 1, False)
+    assert torch.equal(result, direct)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("sizes", "dim", "outer"), LAYOUTS[::3], ids=str)
+@pytest.mark.parametrize("noise", NOISES)
+def test_the_form_for_devices_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, noise: str, sizes: list[int], dim: int, outer: int, dtype: torch.dtype
+) -> None:
+    """What runs on a GPU, run on the CPU: identical bits; sums, whose order differs, up to rounding."""
+    ids = torch.tensor(ORDERS["pairs"])
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(clean_shape(sizes, dim, 2), generator=generator).to(dtype)
+    weights = torch.randn(len(ids), 2, generator=generator).to(dtype)
+    tiled = ops.tile(z, ids, dim, outer)
+
+    def results() -> list[Tensor]:
+        weighted = (weights, ids, KEY, SITE, noise, "sign", sizes, dim, outer)
+        return [
+            ops.perturb(z, ids, KEY, SIGMAS, SITE, noise, sizes, dim, outer, False),
+            ops.perturb(tiled, ids, KEY, SIGMAS, SITE, noise, sizes, dim, outer, True),
+            ops.perturb(z, ids, KEY, SIGMAS, 0, noise, sizes, dim, outer, False),
+            ops.stochastic_sign(tiled, tiled.abs().amax(), ids, KEY, SITE, sizes, dim, outer),
+            *(ops.keyed_random(KEY, 3, name, [7, 99], dtype, CPU) for name in MODEL_DISTRIBUTIONS),
+            ops.weighted_noise(*weighted),
+            ops.weighted_noise_sum(*weighted),
+        ]
+
+    expected = results()
+    monkeypatch.setattr(noise_source, "on_host", lambda device: False)
+    actual = results()
+    for one, other in zip(expected[:-1], actual[:-1], strict=True):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
+    torch.testing.assert_close(actual[-1], expected[-1])
 
 
 @pytest.mark.gpu
