@@ -4,25 +4,77 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
+import io
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._decomp import decomposition_table
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from ..passes.errors import BatchError, CaptureError, UnsupportedModelError
-from ..passes.graph import Output, Role, finish, origin
+from ..passes.graph import Output, Role, describe, finish, origin
 
 _aten = torch.ops.aten
 _RECURRENT = (_aten.lstm.input, _aten.gru.input, _aten.rnn_tanh.input, _aten.rnn_relu.input)
 """Recurrent layers are unrolled to their cells; every other operation stays as coarse as the user wrote it."""
+
+
+Bias = Tensor | None
+
+
+def _lstm_cell(
+    x: Tensor, state: list[Tensor], w_ih: Tensor, w_hh: Tensor, b_ih: Bias = None, b_hh: Bias = None
+) -> tuple[Tensor, Tensor]:
+    gates = F.linear(x, w_ih, b_ih) + F.linear(state[0], w_hh, b_hh)
+    i, f, g, o = gates.chunk(4, -1)
+    cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * cell.tanh(), cell
+
+
+def _gru_cell(x: Tensor, state: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Bias = None, b_hh: Bias = None) -> Tensor:
+    r_x, z_x, n_x = F.linear(x, w_ih, b_ih).chunk(3, -1)
+    r_h, z_h, n_h = F.linear(state, w_hh, b_hh).chunk(3, -1)
+    z = (z_x + z_h).sigmoid()
+    n = (n_x + (r_x + r_h).sigmoid() * n_h).tanh()
+    return n + z * (state - n)
+
+
+def _rnn_cell(
+    activation: Callable[[Tensor], Tensor],
+    x: Tensor,
+    state: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Bias = None,
+    b_hh: Bias = None,
+) -> Tensor:
+    return activation(F.linear(x, w_ih, b_ih) + F.linear(state, w_hh, b_hh))
+
+
+def _bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Bias = None) -> Tensor:
+    product = torch.einsum("...i,oij,...j->...o", x, weight, y)
+    return product if bias is None else product + bias
+
+
+_FORMULAS = {
+    _aten.lstm_cell.default: _lstm_cell,
+    _aten.gru_cell.default: _gru_cell,
+    _aten.rnn_tanh_cell.default: functools.partial(_rnn_cell, torch.tanh),
+    _aten.rnn_relu_cell.default: functools.partial(_rnn_cell, torch.relu),
+    _aten.bilinear.default: _bilinear,
+}
+"""Written out by their formulas. Fused cells fix the batch size, and an LSTM's has two results: noise on the first would
+miss what the parameters do through the second. Torch cannot trace a bilinear layer's derivative."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +133,45 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModel:
         args, kwargs = pytree.tree_map(
             lambda leaf: torch.cat([leaf, leaf]) if _is_batched(leaf, 1) else leaf, (args, kwargs)
         )
+    _check_arguments(model, args, kwargs)
     exported, how = _export(model, args, kwargs, 2 if batch == 1 else batch)
     with _quiet():
-        exported = exported.run_decompositions({op: decomposition_table[op] for op in _RECURRENT})
+        unrolled = {op: decomposition_table[op] for op in _RECURRENT}
+        exported = exported.run_decompositions({**unrolled, **_FORMULAS})
     module, constants = _normal_form(exported, model)
+    _check_static(module)
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
     training = {name: submodule.training for name, submodule in model.named_modules()}
     return CapturedModel(module, signature, out_spec, constants, training, how)
+
+
+def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise BatchError(
+            f"the example inputs do not fit {type(model).__name__}.forward: {error}. Pass a tensor, a tuple of positional "
+            "arguments, or a dict of keyword arguments."
+        ) from error
+    except ValueError:  # no signature to be had
+        return
+
+
+def _check_static(module: fx.GraphModule) -> None:
+    """Refuse sizes and numbers that depend on the values of tensors: they cannot differ between samples and copies."""
+    for node in module.graph.nodes:
+        val = node.meta.get("val")
+        parts = val.shape if isinstance(val, Tensor) else val if isinstance(val, (tuple, list)) else (val,)
+        if any(isinstance(part, _SYMBOLIC) and free_unbacked_symbols(part) for part in parts):
+            raise UnsupportedModelError(
+                f"{describe(node)} makes a Python number or a shape of a tensor's values, which would have to be the same "
+                "for all samples and copies. Keep it a tensor: without .item(), and with torch.where or a mask instead of "
+                "nonzero, masked_select or boolean indexing."
+            )
+
+
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def _is_batched(leaf: Any, batch: int) -> bool:
@@ -144,12 +227,16 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
     )
 
 
-_ADVERTISEMENTS = ("For more information about this error", "The error above occurred when calling torch.export")
+_ADVERTISEMENTS = (
+    "For more", "For extended", "For C++", "If you suspect", "The error above", "Use tlparse", "Developer debug context",
+    "consider using data-dependent", "Caused by: (_export",
+)  # fmt: skip
+"""How lines begin that advertise torch's own debugging and say nothing of the model."""
 
 
 def _first_lines(error: BaseException, count: int = 12) -> str:
     lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(_ADVERTISEMENTS)]
+    lines = [line for line in lines if not line.strip().startswith(_ADVERTISEMENTS)]
     user = [line for line in lines[count:] if line.strip().startswith("File ") and "/torch/" not in line]
     return "\n    ".join(lines[:count] + user[-2:])
 
@@ -159,15 +246,15 @@ def _quiet() -> Iterator[None]:
     """Silence what torch's tracers warn about themselves; nothing of it concerns the user's model."""
     import logging
 
-    logger = logging.getLogger("torch")
-    level = logger.level
+    before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logger.setLevel(logging.CRITICAL)
+        logging.disable(logging.CRITICAL)
         try:
-            yield
+            with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints the graph of a failure there
+                yield
         finally:
-            logger.setLevel(level)
+            logging.disable(before)
 
 
 def _normal_form(exported: ExportedProgram, model: nn.Module) -> tuple[fx.GraphModule, dict[str, Any]]:
@@ -201,6 +288,9 @@ def _normal_form(exported: ExportedProgram, model: nn.Module) -> tuple[fx.GraphM
             case _:
                 node.meta.update(role=Role.CONSTANT, target=spec.target)
                 constants[str(spec.target)] = copy.copy(exported.constants[str(spec.target)])
+    for node in graph.nodes:  # a perturbed run's tensors may have other strides, which view would refuse
+        if node.target == _aten.view.default:
+            node.target = _aten.reshape.default
     described = []
     leaf = 0
     for result in exported.graph_signature.output_specs:

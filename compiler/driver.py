@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..passes.complete_gradients import complete_gradient
-from ..passes.errors import OptionError, UnsupportedModelError, unknown_name
+from ..passes.errors import CaptureError, OptionError, UnsupportedModelError, unknown_name
 from ..passes.find_sites import Site, find_sites, sites
 from ..passes.graph import Kind, Role, describe, outputs, placeholders
 from ..passes.infer_sign_domains import infer_sign_domains
@@ -20,13 +20,14 @@ from ..passes.insert_captures import captures_of, insert_captures
 from ..passes.insert_noise import insert_noise
 from ..passes.key_random_operations import key_random_operations
 from ..passes.locate_samples import locate_samples
+from ..passes.mask_noise import mask_noise
 from ..passes.share_prefixes import clean_run, perturbed_nodes, perturbed_run
 from ..passes.split_stages import split_stages
 from ..passes.trace_gradients import trace_gradients
 from .capture import CapturedModel, as_call, capture
 from .cost import forward_share
 from .estimator import LikelihoodRatio
-from .probe import probe_samples
+from .probe import probe_copies, probe_samples
 from .program import CompiledModel, GradientSubgraph, PassRecord, PerturbedRun
 from .verify import verify
 
@@ -49,21 +50,35 @@ def compile_model(model: nn.Module, example_inputs: Any, estimator: LikelihoodRa
         return history[-1].module
 
     mixes_samples = ""
+    bind: dict[fx.Node, Any] = {}
 
     def locate_and_probe(module: fx.GraphModule) -> fx.GraphModule:
         nonlocal mixes_samples
         located = locate_samples(module)
-        bind = _bind_example(located, model, captured, example_inputs)
-        located, mixes_samples = probe_samples(located, bind, captured.signature.batch)
+        bind.update(_bind_example(located, model, captured, example_inputs))
+        try:
+            located, mixes_samples = probe_samples(located, bind, captured.signature.batch)
+        except (RuntimeError, IndexError, ValueError) as error:
+            reason = str(error).split("\n\nWhile executing")[0]
+            raise CaptureError(
+                f"{type(model).__name__} does not run on the example: {reason}\nTry `model(example)`: dtype, width and "
+                "device of the example have to be the model's."
+            ) from error
         return located
 
     run("key_random_operations", key_random_operations)
     run("locate_samples", locate_and_probe)
-    run("find_sites", lambda module: find_sites(module, join_statistics=estimator.capture == "exact"))
+    alive = estimator.placement == "alive"
+    run(
+        "find_sites",
+        lambda module: find_sites(module, join_statistics=estimator.capture == "exact", share_sums=alive),
+    )
     begun = time.perf_counter()
     vjps = trace_gradients(history[-1].module, capture=estimator.capture)
     traced = time.perf_counter() - begun
     run("insert_noise", lambda module: insert_noise(module, noise=estimator.noise))
+    if alive:
+        run("mask_noise", mask_noise)
     run("infer_sign_domains", infer_sign_domains)
     run("insert_captures", lambda module: insert_captures(module, gradients=vjps, capture=estimator.capture))
     history.append(PassRecord("trace_gradients", history[-1].module, traced))
@@ -76,8 +91,12 @@ def compile_model(model: nn.Module, example_inputs: Any, estimator: LikelihoodRa
             'Use LikelihoodRatio(credit="batch"), which takes one loss for the whole batch.'
         )
     groups = resolve_groups(estimator.groups, found)
+    if estimator.feedback == "learned":
+        groups = _without_output(module, groups)
     runs, gradients, sequential = _split(module, groups, vjps, estimator, bool(mixes_samples))
     stages = _clean_stages(module, runs, gradients)
+    if not sequential:
+        sequential = bool(probe_copies(stages, [run.module for run in runs], bind, len(found)))
     compiled = CompiledModel(
         captured, estimator, tuple(history), found, stages, runs, gradients, mixes_samples, sequential
     )
@@ -164,37 +183,73 @@ def _split(
     mixes: bool,
 ) -> tuple[tuple[PerturbedRun, ...], tuple[GradientSubgraph, ...], bool]:
     captures = captures_of(module)
+    masks = {n.meta["site"].index: n.meta["alive"] for n in module.graph.nodes if "alive" in n.meta}
     by_index = {site.index: site for site in sites(module)}
     nodes = {node.name: node for node in module.graph.nodes}
-    runs, gradients = [], []
+    runs: list[PerturbedRun] = []
+    gradients: list[GradientSubgraph] = []
     untileable = ""
+
+    def complete(index: int, run: int, per_copy: bool, source: str) -> GradientSubgraph:
+        graph = complete_gradient(
+            vjps[index],
+            by_index[index],
+            captures[index],
+            per_copy=per_copy,
+            noise=estimator.noise,
+            score=estimator.score,
+            graph_module=module,
+            source=source,
+        )
+        return GradientSubgraph(by_index[index], run, per_copy, captures[index], graph, source)
+
     for number, group in enumerate(groups):
         perturbed = perturbed_nodes(module, group)
+        # whether the copies differ in what the site's gradient reads. A gradient through batch statistics always reads
+        # the clean run (DESIGN.md 9): those statistics are the clean run's, and copies side by side must not meet in them
         own = {
-            index: any(nodes[capture.source] in perturbed for capture in captures[index]) for index in group
-        }  # whether the copies differ in what the site's gradient reads
+            index: estimator.placement == "operation"
+            and not by_index[index].joined
+            and any(nodes[capture.source] in perturbed for capture in captures[index])
+            for index in group
+        }
         taken = [capture for index in group if own[index] for capture in captures[index]]
         perturbed_module = perturbed_run(module, group, taken)
         untileable = untileable or _untileable(perturbed_module)
         share = forward_share(perturbed_module, module)
-        runs.append(PerturbedRun(number, group, perturbed_module, share))
+        runs.append(PerturbedRun(number, group, perturbed_module, share, {i: masks[i] for i in group if i in masks}))
         for index in group:
-            graph = complete_gradient(
-                vjps[index],
-                by_index[index],
-                captures[index],
-                per_copy=own[index],
-                noise=estimator.noise,
-                score=estimator.score,
-                graph_module=module,
-            )
-            gradients.append(GradientSubgraph(by_index[index], number, own[index], captures[index], graph))
+            source = _SOURCES[estimator.feedback, estimator.correction]
+            gradients.append(complete(index, number, own[index], source))
+    known = {gradient.site.index for gradient in gradients}
+    gradients += [complete(index, -1, False, "error") for index in by_index if index not in known]
     if untileable and estimator.credit == "sample":
         raise UnsupportedModelError(
             f"{untileable} has no dimension that holds the samples, so a sample's loss cannot be told apart. Use "
             'LikelihoodRatio(credit="batch").'
         )
     return tuple(runs), tuple(sorted(gradients, key=lambda g: g.site.index)), mixes or bool(untileable)
+
+
+_SOURCES = {
+    ("none", "none"): "noise",
+    ("learned", "none"): "feedback",
+    ("learned", "full"): "corrected",
+}
+
+
+def _without_output(module: fx.GraphModule, groups: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The groups without the site at the model's output, whose Jacobian is the identity: it needs no noise."""
+    results = [node for output, node in outputs(module) if output.kind == "output"]
+    layout = results[0].meta.get("layout") if len(results) == 1 and isinstance(results[0], fx.Node) else None
+    if layout is None or (layout.dim, layout.outer, layout.sizes[0]) != (0, 1, 1):
+        raise UnsupportedModelError(
+            f'feedback="learned" needs a model whose output is one tensor with the samples first; this one returns '
+            f"{len(results)} value(s). Return the one that the loss reads, or use feedback=\"none\"."
+        )
+    last = results[0].meta.get("noise_of")
+    kept = [tuple(index for index in group if index != last) for group in groups]
+    return [group for group in kept if group]
 
 
 def _untileable(run: fx.GraphModule) -> str:

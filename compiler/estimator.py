@@ -13,6 +13,9 @@ NOISES = ("gaussian", "laplace", "rademacher")
 SCORES = ("exact", "sign")
 CAPTURES = ("exact", "sign", "stochastic")
 CREDITS = ("sample", "batch")
+PLACEMENTS = ("operation", "alive")
+FEEDBACKS = ("none", "learned")
+CORRECTIONS = ("none", "full")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,20 @@ class LikelihoodRatio:
             covered; the first match counts).
         antithetic: run every noise with both signs.
         chunk: copies that run side by side; None runs all at once. Bounds memory, and does not change the noise.
+        placement: where the noise goes. ``"operation"``: on every coordinate of every site's output, each copy with its
+            own captures (1). ``"alive"``: sites that meet in a sum share its noise, coordinates that the next operation
+            blocks get none (10), and all captures are the clean run's (9); needs ``capture="exact"``. Much less variance
+            for an error of order σ².
+        feedback: ``"none"``, or ``"learned"`` (12): each site learns the mean Jacobian of the outputs from the perturbed
+            runs, and its gradient is predicted from the clean run alone. Needs ``placement="alive"`` and
+            ``groups="joint"``; then 2 copies do.
+        correction: with feedback, what the perturbed runs of the step itself add. ``"none"``: the prediction as it is;
+            **biased** as long as, and wherever, the mean Jacobian is not the sample's. ``"full"``: what the prediction
+            leaves unexplained, by likelihood ratio: unbiased (up to σ²) whatever was learned, and noisier.
+        probe: with feedback, the share of the batch that is perturbed each step (its first samples).
+        warmup: with feedback, the first steps, in which it is learned and all gradients are zero.
+        trust: with feedback, whether each site's step is scaled by how well its predictions explain fresh copies
+            (`Program.trust`; `Trainer` applies it).
         credit: ``"sample"`` attributes each sample's loss to its own noise. ``"batch"`` takes one loss for the whole
             batch, for losses or models that couple samples; its variance is higher by about the batch size.
 
@@ -50,6 +67,12 @@ class LikelihoodRatio:
     antithetic: bool = True
     chunk: int | None = None
     credit: str = "sample"
+    placement: str = "operation"
+    feedback: str = "none"
+    correction: str = "none"
+    probe: float = 1.0
+    warmup: int = 80
+    trust: bool = True
 
     def __post_init__(self) -> None:
         for kind, value, known in (
@@ -57,12 +80,18 @@ class LikelihoodRatio:
             ("score", self.score, SCORES),
             ("capture", self.capture, CAPTURES),
             ("credit", self.credit, CREDITS),
+            ("placement", self.placement, PLACEMENTS),
+            ("feedback", self.feedback, FEEDBACKS),
+            ("correction", self.correction, CORRECTIONS),
         ):
             if value not in known:
                 raise unknown_name(kind, value, known)
         if isinstance(self.groups, str) and self.groups not in ("joint", "layerwise"):
             raise unknown_name("grouping", self.groups, ("joint", "layerwise"))
-        if not isinstance(self.copies, int) or self.copies < 1:
+        for name, number in (("copies", self.copies), ("chunk", self.chunk)):
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+                raise OptionError(f"{name}={number!r}: it has to be an integer.")
+        if self.copies < 1:
             raise OptionError(f"copies={self.copies!r}: at least one copy is needed.")
         if self.antithetic and self.copies % 2:
             raise OptionError(
@@ -72,8 +101,33 @@ class LikelihoodRatio:
         if self.chunk is not None and (self.chunk < 1 or (self.antithetic and self.chunk % 2)):
             raise OptionError(f"chunk={self.chunk}: it must be positive, and even with antithetic=True.")
         for sigma in self.sigma.values() if isinstance(self.sigma, Mapping) else (self.sigma,):
-            if not (sigma > 0 and math.isfinite(sigma)):
+            if not isinstance(sigma, (int, float)) or not (sigma > 0 and math.isfinite(sigma)):
                 raise OptionError(f"sigma={sigma!r}: the noise needs a positive, finite standard deviation.")
+
+        if self.placement == "alive" and self.capture != "exact":
+            raise OptionError(f'placement="alive" keeps exact captures of the clean run; capture={self.capture!r} cannot.')
+        if self.feedback == "learned":
+            self._check_feedback()
+
+    def _check_feedback(self) -> None:
+        wanted: tuple[tuple[str, object], ...] = (
+            ("placement", "alive"), ("groups", "joint"), ("antithetic", True), ("credit", "sample"), ("score", "exact")
+        )  # fmt: skip
+        for name, value in wanted:
+            if getattr(self, name) != value:
+                raise OptionError(f'feedback="learned" needs {name}={value!r}, not {getattr(self, name)!r}.')
+        if not 0 < self.probe <= 1:
+            raise OptionError(f"probe={self.probe}: the share of the batch that is perturbed lies in (0, 1].")
+        if self.correction == "full" and self.probe != 1:
+            raise OptionError(f'correction="full" needs copies of every sample: probe=1, not {self.probe}.')
+        if self.warmup < 0:
+            raise OptionError(f"warmup={self.warmup}: the number of steps cannot be negative.")
+
+    @classmethod
+    def feedback_learned(cls, copies: int = 2, sigma: float = 0.1, **changes: Any) -> LikelihoodRatio:
+        """Learned feedback (DESIGN.md 9, 10, 12): a gradient from the clean run, 2 perturbed forwards a step by default."""
+        settings: dict[str, Any] = {"placement": "alive", "groups": "joint", "feedback": "learned"}
+        return cls(**{**settings, "copies": copies, "sigma": sigma, **changes})
 
     @classmethod
     def alr(cls, copies: int = 200, sigma: float = 0.1, **changes: Any) -> LikelihoodRatio:

@@ -6,14 +6,16 @@ dimension is ordered samples first or last, and whether an operation mixes sampl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ..passes.graph import Layout, Role, clone, describe, finish
+from ..passes.graph import Layout, Role, clone, describe, finish, outputs
 from ..passes.rules import uses_batch_statistics
+from .program import binding_key, input_keys, output_keys
 
 
 def probe_samples(module: fx.GraphModule, bind: dict[fx.Node, Any], batch: int) -> tuple[fx.GraphModule, str]:
@@ -32,6 +34,7 @@ def probe_samples(module: fx.GraphModule, bind: dict[fx.Node, Any], batch: int) 
         batch = 2
     with torch.no_grad():
         base = _Recorder(module, values, None)
+        base = _Recorder(module, values, base.results)  # again, normalised by the formula that `other` uses
         changed = {node: _other_sample(node, value, batch) for node, value in values.items()}
         other = _Recorder(module, changed, base.results)
     mixing = ""
@@ -40,8 +43,8 @@ def probe_samples(module: fx.GraphModule, bind: dict[fx.Node, Any], batch: int) 
         before, after = base.results.get(node), other.results.get(node)
         if node.op != "call_function" or not isinstance(before, Tensor) or not isinstance(after, Tensor):
             continue
-        if layout is not None and before.dim() != len(layout.sizes):
-            continue  # a by-product whose shape is not what its fake kernel said (aten.embedding_bag), read by nobody
+        if not node.users or (layout is not None and before.dim() != len(layout.sizes)):
+            continue  # read by nobody: uninitialised memory, or a by-product of another shape than its fake kernel says
         if layout is None or not layout.batched:
             if not mixing and not _same(before, after):
                 mixing = describe(node)
@@ -53,6 +56,63 @@ def probe_samples(module: fx.GraphModule, bind: dict[fx.Node, Any], batch: int) 
         elif not mixing:
             mixing = describe(node)
     return finish(module), mixing
+
+
+def probe_copies(
+    stages: Sequence[fx.GraphModule], runs: Sequence[fx.GraphModule], bind: dict[fx.Node, Any], num_sites: int
+) -> str:
+    """Why copies cannot stand side by side in the batch (``""`` if they can), found by running two beside one alone.
+
+    A model may use row numbers or the batch size as values (``h[torch.arange(len(h)), last]``): it then reads other
+    copies' rows, though it does not mix the samples of one.
+
+    Args:
+        stages: the clean run's stages.
+        runs: the perturbed runs.
+        bind: the value of every placeholder of the captured graph, for a batch of the example's size.
+        num_sites: how many sites have noise.
+    """
+    environment = {binding_key(node): _few(node, value) for node, value in bind.items()}
+    device = next(value.device for value in environment.values() if isinstance(value, Tensor))
+    environment["runtime:key"] = torch.zeros(2, dtype=torch.int64, device=device)
+    environment["runtime:sigmas"] = torch.ones(num_sites, device=device)
+
+    def run(module: fx.GraphModule, *copies: int) -> dict[str, Any]:
+        environment["runtime:copies"] = torch.tensor(copies, device=device)
+        results = module.forward(*[environment[key] for key in input_keys(module)])
+        return dict(zip(output_keys(module), results, strict=True))
+
+    with torch.no_grad():
+        for stage in stages:
+            environment.update(run(stage, 0))
+        for module in runs:
+            alone = run(module, 1)
+            try:
+                beside = run(module, 0, 1)
+            except (RuntimeError, IndexError, ValueError) as error:
+                return f"two copies cannot stand side by side in the batch: {error}"
+            for output, node in outputs(module):
+                if output.kind != "output" or not isinstance(node, fx.Node):
+                    continue
+                key, layout = f"output:{output.name}", node.meta.get("layout")
+                if layout is not None and not _same(copy_of(beside[key], layout, 1, 2), alone[key]):
+                    return f"the output {output.name} of a copy depends on the copies beside it in the batch"
+    return ""
+
+
+def copy_of(tiled: Any, layout: Layout | None, index: int, copies: int) -> Any:
+    """Copy `index` of a tiled tensor (rows ``(outer, copies, N, inner)``); without a batch dimension the tensor itself."""
+    if copies == 1 or layout is None or not layout.batched:
+        return tiled
+    rows = tiled.unflatten(layout.dim, (layout.outer, copies, -1)).select(layout.dim + 1, index)
+    return rows.flatten(layout.dim, layout.dim + 1)
+
+
+def _few(node: fx.Node, value: Any) -> Any:
+    """Two to four samples of a batched input."""
+    if not _holds_batch(node):
+        return value
+    return torch.cat([value, value]) if len(value) == 1 else value[:4]
 
 
 class _Recorder(fx.Interpreter):
@@ -129,4 +189,4 @@ def _divisors(count: int) -> list[int]:
     return [d for d in range(1, count + 1) if count % d == 0]
 
 
-__all__ = ["probe_samples"]
+__all__ = ["copy_of", "probe_copies", "probe_samples"]

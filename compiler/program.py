@@ -31,6 +31,8 @@ class PerturbedRun:
     module: fx.GraphModule
     share: float
     """FLOPs of one copy as a share of a whole forward's."""
+    alive: dict[int, str]
+    """Names of the alive masks, of the sites that have one."""
 
     @property
     def name(self) -> str:
@@ -48,10 +50,18 @@ class GradientSubgraph:
     """Whether every copy has its own captures; otherwise they are the clean run's and shared by all copies."""
     captures: tuple[Capture, ...]
     module: fx.GraphModule
+    source: str = "noise"
+    """Where the cotangent comes from: ``"noise"``, ``"feedback"``, ``"corrected"`` or ``"error"``
+    (`passes.complete_gradients`)."""
 
     @property
     def name(self) -> str:
         return f"gradient_{self.site.index}"
+
+    @property
+    def from_clean(self) -> bool:
+        """Whether the gradient needs nothing but the clean run, ``e`` and what feedback has learned."""
+        return self.source in ("feedback", "error")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ from .source import file_of, function_of
 WIDTH = 100
 """Columns of every text."""
 
+_NO_BREAK = "\N{NO-BREAK SPACE}"
+
 PARTS = {
     "share_prefixes": "one perturbed run a group of sites, behind the clean prefix that all copies share",
     "split_stages": "the stages of the clean run",
@@ -101,8 +103,10 @@ class SubgraphReport:
 
     name: str
     site: str
-    losses_of: str
-    """Name of the perturbed run that gives its losses."""
+    cotangent: str
+    """Where the cotangent comes from: ``"noise"`` weighted by losses, or what feedback learned."""
+    after: str
+    """Name of the perturbed run whose losses it needs, or "clean run"."""
     per_copy: bool
     captures: tuple[CaptureReport, ...]
     parameters_read: tuple[str, ...]
@@ -281,7 +285,8 @@ def _subgraph(compiled: CompiledModel, gradient: GradientSubgraph) -> SubgraphRe
     return SubgraphReport(
         name=gradient.name,
         site=gradient.site.name,
-        losses_of=compiled.runs[gradient.run].name,
+        cotangent=gradient.source,
+        after="clean run" if gradient.from_clean else compiled.runs[gradient.run].name,
         per_copy=gradient.per_copy,
         captures=tuple(CaptureReport(one.source, one.encoding, one.bytes) for one in gradient.captures),
         parameters_read=tuple(node.meta["target"] for node in inputs if node.meta["role"] == Role.PARAMETER),
@@ -310,7 +315,9 @@ def _notes(compiled: CompiledModel) -> Iterable[str]:
             yield f"captured exactly all the same, because their rule allows no signs: {', '.join(exact)}."
     if estimator.capture == "sign":
         yield "sign capture is biased: the magnitude of the activations is lost, and more copies do not bring it back."
-    shared = [key for key, count in Counter(key for site in compiled.sites for key in site.parameters).items() if count > 1]
+    shared = [
+        key for key, count in Counter(key for site in compiled.sites for key in site.parameters).items() if count > 1
+    ]
     if shared:
         yield f"read at several sites, whose gradients are summed: {', '.join(shared)}."
 
@@ -360,6 +367,12 @@ def python(compiled: CompiledModel, name: str | None = None, *, model: str = "mo
     return file_of(modules, f"{model} before and after {name}.", batch)
 
 
+def sources(compiled: CompiledModel, graphs: Mapping[str, fx.GraphModule]) -> dict[str, str]:
+    """Each graph as a Python function, by name."""
+    batch = batch_symbol(compiled.captured.module)
+    return {name: function_of(module, name, batch) for name, module in graphs.items()}
+
+
 def _before(compiled: CompiledModel, name: str) -> fx.GraphModule | None:
     position = [record.name for record in compiled.history].index(name)
     return compiled.history[position - 1].module if position else None
@@ -377,8 +390,9 @@ def pass_text(compiled: CompiledModel, name: str, *, model: str = "model") -> st
         return "\n\n".join([f"{model}, {name}: {PARTS[name]}.\n", *sources])
     record = next(record for record in compiled.history if record.name == name)
     report = next(one for one in _passes(compiled) if one.name == name)
+    change = describe_change(report.change).replace(_NO_BREAK, " ")
     lines = [
-        f"{model}, {name}: {report.operations} operations ({describe_change(report.change)}), {_time(record.seconds)}",
+        f"{model}, {name}: {report.operations} operations ({change}), {_time(record.seconds)}",
         "",
     ]
     after = function_of(record.module, f"after_{name}", batch).splitlines()
@@ -463,8 +477,16 @@ def describe_estimator(estimator: Mapping[str, Any]) -> str:
             f"{estimator['capture']} capture",
             groups if isinstance(groups, str) else f"{len(groups)} groups",
             copies,
-            f"σ {sigma:g}" if isinstance(sigma, float | int) else "σ " + " ".join(f"{k}={v:g}" for k, v in sigma.items()),
+            f"σ {sigma:g}"
+            if isinstance(sigma, float | int)
+            else "σ " + " ".join(f"{k}={v:g}" for k, v in sigma.items()),
             *(["batch credit"] if estimator["credit"] == "batch" else []),
+            *(["noise on alive coordinates"] if estimator["placement"] == "alive" else []),
+            *(
+                [f"learned feedback, correction {estimator['correction']}"]
+                if estimator["feedback"] == "learned"
+                else []
+            ),
         ]
     )
 
@@ -473,7 +495,7 @@ def describe_change(change: Mapping[str, int]) -> str:
     """``+5 onward.perturb``; "no operation added or removed"."""
     if not change:
         return "none added or removed"
-    return ", ".join(f"{count:+d} {name}" for name, count in change.items())
+    return ", ".join(f"{count:+d}{_NO_BREAK}{name}" for name, count in change.items())
 
 
 def _overview(report: Report) -> str:
@@ -523,15 +545,22 @@ def _site_table(report: Report) -> str:
         for site in report.sites
     ]
     legend = (
-        "a sample: noise = perturbed elements; forward, gradient = FLOPs of matrix products and convolutions (the gradient "
-        "once for all copies, or a copy); exact, packed = bytes captured as floats, as packed signs (–: exactly always)"
+        "a sample: noise = perturbed elements; forward, gradient = FLOPs of matrix products and convolutions (the "
+        "gradient once for all copies, or a copy); exact, packed = bytes captured as floats, as packed "
+        "signs (–: always exactly)"
     )
     return table(columns, rows, "rlllrrrrrr") + "\n" + _wrap(legend, "  ")
 
 
 def _run_table(report: Report) -> str:
     rows = [
-        (run.name, _shorten(", ".join(run.sites), 44), str(run.operations), quantity(run.flops), f"{100 * run.share:.1f} %")
+        (
+            run.name,
+            _shorten(", ".join(run.sites), 44),
+            str(run.operations),
+            quantity(run.flops),
+            f"{100 * run.share:.1f} %",
+        )
         for run in report.runs
     ]
     return table(["run", "perturbs", "operations", "FLOPs a copy", "of a forward"], rows, "llrrr")
@@ -540,24 +569,26 @@ def _run_table(report: Report) -> str:
 def _subgraph_table(report: Report) -> str:
     rows = []
     for one in report.subgraphs:
-        needs = [f"{c.value} ({c.encoding}, {size(c.bytes)})" for c in one.captures]
-        needs += [f"its {name.removeprefix(f'{one.site}.')}" for name in one.parameters_read]
+        prefix = one.site.partition(":")[0].partition("@")[0] + "."
+        needs = [f"{c.value} ({c.encoding},{_NO_BREAK}{size(c.bytes).replace(' ', _NO_BREAK)})" for c in one.captures]
+        needs += [name for name in one.parameters_read if name not in one.gives]
         rows.append(
             (
                 one.name,
-                one.losses_of,
+                one.site,
+                one.after,
                 ", ".join(needs) or "–",
-                ", ".join(one.gives),
+                ", ".join(name.removeprefix(prefix) for name in one.gives),
                 "each copy" if one.per_copy else "once",
                 str(one.operations),
             )
         )
     legend = (
-        "every one also needs the losses' weights, the noise key and the ids of its draws; none reads another's result, so "
-        "each is ready as soon as the losses of its run are"
+        "each may also read its own parameters, and needs the losses' weights, the noise key and the ids of its draws, "
+        "or what feedback learned; none reads another's result, so each is ready as soon as its run is"
     )
-    columns = ["subgraph", "after", "needs", "gives", "vjp", "operations"]
-    return table(columns, rows, "lllllr", wrap=("needs", "gives")) + "\n" + _wrap(legend, "  ")
+    columns = ["subgraph", "site", "after", "needs", "gives", "vjp", "operations"]
+    return table(columns, rows, "llllllr", wrap=("site", "needs", "gives")) + "\n" + _wrap(legend, "  ")
 
 
 def table(
@@ -583,7 +614,7 @@ def table(
                 f"{cell[depth] if depth < len(cell) else '':{'>' if how == 'r' else '<'}{one}}"
                 for cell, how, one in zip(cells, align, widths, strict=True)
             ]
-            lines.append(("  " + "  ".join(parts)).rstrip())
+            lines.append(("  " + "  ".join(parts)).rstrip().replace(_NO_BREAK, " "))
         if number == 0:
             lines.append("  " + "─" * (sum(widths) + 2 * (len(columns) - 1)))
     return "\n".join(lines)
@@ -621,5 +652,3 @@ def _wrap(value: str, first: str) -> str:
         value, WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_long_words=False,
         break_on_hyphens=False,
     )  # fmt: skip
-
-

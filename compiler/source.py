@@ -1,7 +1,7 @@
 """Graphs as Python source: one readable, runnable function a graph, with shapes, roles and provenance.
 
 The expressions are those of FX's own code generator; this module only lays them out. ``N`` is the batch size, ``K·N``
-the batch of ``K`` copies side by side. Placeholders keep their order, so the list of a manifest's ``inputs`` binds them.
+the batch of ``K`` copies side by side. Placeholders keep their order: the ``inputs`` in a manifest bind them.
 """
 
 from __future__ import annotations
@@ -168,5 +168,3 @@ def extent(size: Any, batch: Any = None, name: str = "N") -> str:
         return str(size)
     text = str(size.node.expr)
     return text if batch is None else re.sub(rf"\b{re.escape(str(batch))}\b", name, text)
-
-

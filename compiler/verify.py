@@ -39,7 +39,7 @@ from ..passes.locate_samples import batch_symbol, multiple_of_batch
 from .program import CompiledModel, GradientSubgraph, binding_key, input_keys, output_keys
 
 OUTPUT_KINDS = ("mutation", "output", "value", "capture", "gradient")
-RUNTIME_VALUES = ("copies", "draws", "key", "sigmas", "weights")
+RUNTIME_VALUES = ("copies", "draws", "key", "sigmas", "weights", "error")
 _WEIGHTED = (ops.weighted_noise, ops.weighted_noise_sum)
 
 
@@ -104,7 +104,7 @@ def task_graph(compiled: CompiledModel) -> networkx.DiGraph:
     """Who reads whose results, as a directed graph of the names in `graphs`; each edge has the ``key`` it carries.
 
     A subgraph with captures of its own (``per_copy``) finds a value in its perturbed run first, then in the clean run,
-    as the executors do; every gradient subgraph reads its run's losses.
+    as the executors do; a gradient subgraph reads its run's losses, unless feedback predicts it from the clean run alone.
     """
     dag = networkx.DiGraph()
     clean: dict[str, str] = {}
@@ -118,7 +118,8 @@ def task_graph(compiled: CompiledModel) -> networkx.DiGraph:
     for gradient in compiled.gradients:
         available = clean | perturbed[gradient.run] if gradient.per_copy else clean
         _add_task(dag, gradient.name, gradient.module, available)
-        dag.add_edge(f"perturbed_{gradient.run}", gradient.name, key="runtime:weights")
+        if not gradient.from_clean:
+            dag.add_edge(f"perturbed_{gradient.run}", gradient.name, key="runtime:weights")
     return dag
 
 
@@ -158,13 +159,17 @@ def _placeholders_have_a_role(module: fx.GraphModule) -> Iterator[Finding]:
         if not isinstance(node.meta.get("role"), Role) or "target" not in node.meta:
             yield Finding("the placeholder has no role or target, so nothing can be bound to it", node=node)
             continue
-        if node.meta["role"] == Role.RUNTIME and node.meta["target"] not in (*RUNTIME_VALUES, "cotangent"):
+        if node.meta["role"] == Role.RUNTIME and not _is_made_up(node.meta["target"]):
             yield Finding(f"no executor makes up {node.meta['target']!r}", node=node)
         if node.meta["role"] == Role.PARAMETER and "trainable" not in node.meta:
             yield Finding("the parameter does not say whether it is trainable", node=node)
         first = seen.setdefault(binding_key(node), node)
         if first is not node:
             yield Finding(f"%{first.name} is bound to {binding_key(node)} already", node=node)
+
+
+def _is_made_up(target: str) -> bool:
+    return target in (*RUNTIME_VALUES, "cotangent") or target.startswith("feedback.")
 
 
 def _outputs_are_described(module: fx.GraphModule) -> Iterator[Finding]:
@@ -249,7 +254,8 @@ def _noise_has_its_own_site(module: fx.GraphModule) -> Iterator[Finding]:
         if node.meta.get("noise_of") != site:
             yield Finding(f"it adds the noise of site {site} but is marked as {node.meta.get('noise_of')}", node=node)
         for user in z.users if isinstance(z, fx.Node) else ():
-            if user is not node and user.op == "call_function" and user.target != ops.tile and "capture" not in user.meta:
+            past = user is not node and user.op == "call_function" and user.target != ops.tile
+            if past and "capture" not in user.meta and not user.meta.get("clean"):
                 yield Finding(f"%{user.name} reads %{z} past the noise", node=node)
 
 
@@ -351,12 +357,13 @@ def _parameters_are_reached(compiled: CompiledModel) -> Iterator[Finding]:
 
 def _sites_are_partitioned(compiled: CompiledModel) -> Iterator[Finding]:
     everything = list(range(len(compiled.sites)))
-    if sorted(index for run in compiled.runs for index in run.sites) != everything:
+    unperturbed = [gradient.site.index for gradient in compiled.gradients if gradient.source == "error"]
+    if sorted([*(index for run in compiled.runs for index in run.sites), *unperturbed]) != everything:
         yield Finding(f"the runs {[run.sites for run in compiled.runs]} do not perturb each of {everything} once")
     if [gradient.site.index for gradient in compiled.gradients] != everything:
         yield Finding("not every site has exactly one gradient subgraph")
     for gradient in compiled.gradients:
-        if gradient.site.index not in compiled.runs[gradient.run].sites:
+        if gradient.source != "error" and gradient.site.index not in compiled.runs[gradient.run].sites:
             yield Finding(f"its losses come from run {gradient.run}, which does not perturb it", _title(gradient))
 
 
@@ -391,8 +398,8 @@ def _everything_read_exists(compiled: CompiledModel) -> Iterator[Finding]:
         yield from _available(run.name, run.module, bindings | clean)
         perturbed[run.index] = set(output_keys(run.module))
     for gradient in compiled.gradients:
-        available = bindings | clean | {"runtime:weights"}
-        available |= perturbed[gradient.run] if gradient.per_copy else {"runtime:draws"}
+        available = bindings | clean | {f"runtime:{value}" for value in _crossing(gradient)}
+        available |= perturbed[gradient.run] if gradient.per_copy else set()
         yield from _available(_title(gradient), gradient.module, available)
 
 
@@ -429,10 +436,13 @@ def _only_captures_cross(compiled: CompiledModel) -> Iterator[Finding]:
         title = _title(gradient)
         captured = {name for one in gradient.captures for name in (one.name, one.scale)}
         downstream = _downstream(noise_points[gradient.site.index])
+        for one in gradient.captures:
+            if nodes[one.source] in downstream:
+                yield Finding(f"the capture {one.name!r} holds the site's own noise", title, nodes[one.source])
         for node in placeholders(gradient.module):
             role, target = node.meta["role"], node.meta["target"]
             if role == Role.RUNTIME:
-                if target not in ("weights", "key", "copies" if gradient.per_copy else "draws"):
+                if target not in _crossing(gradient):
                     yield Finding(f"the runtime value {target!r} crosses into it", title, node)
             elif role == Role.INPUT:
                 yield Finding("an input crosses into it that is not captured", title, node)
@@ -441,13 +451,10 @@ def _only_captures_cross(compiled: CompiledModel) -> Iterator[Finding]:
                     yield Finding(f"{target!r} is not one of its captures", title, node)
             elif role == Role.VALUE:
                 source = nodes.get(target)
+                if source is not None and source.name == noise_points[gradient.site.index].meta.get("alive"):
+                    continue
                 if source is None or source.meta.get("kind") not in (Kind.CONSTANT, Kind.SIZE):
                     yield Finding(f"%{target} crosses into it, neither a capture nor a constant or size", title, node)
-        for one in gradient.captures:
-            if nodes[one.source] in downstream:
-                yield Finding(f"the capture {one.name!r} holds the site's own noise", title, nodes[one.source])
-            if one.encoding == "exact" and nodes[one.source].meta.get("noise_of") == gradient.site.index:
-                yield Finding("noise is stored", title, nodes[one.source])
 
 
 def _downstream(node: fx.Node) -> set[fx.Node]:
@@ -467,6 +474,10 @@ def _noise_is_regenerated(compiled: CompiledModel) -> Iterator[Finding]:
     for gradient in compiled.gradients:
         title = _title(gradient)
         made = [node for node in gradient.module.graph.nodes if node.target in _WEIGHTED]
+        if gradient.from_clean:
+            if made:
+                yield Finding("a gradient predicted from the clean run reads noise", title, made[0])
+            continue
         if len(made) != 1:
             yield Finding(f"the cotangent is made {len(made)} times", title)
             continue

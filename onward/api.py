@@ -8,6 +8,7 @@ from torch import nn
 
 from .compiler.driver import compile_model
 from .compiler.estimator import LikelihoodRatio
+from .passes.errors import OptionError
 from .runtime.loss import Loss
 from .runtime.program import Program
 
@@ -35,4 +36,12 @@ def compile(  # noqa: A001 - the verb of the package, as in torch.compile
     Raises:
         onward.errors.OnwardError: the model, an option or the example cannot work; the message says where and what to do.
     """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model is {type(model).__name__}; it has to be a torch.nn.Module.")
+    if not callable(loss):
+        raise OptionError(f"loss is {type(loss).__name__}; it has to be callable as loss(output, target).")
+    if estimator is not None and not isinstance(estimator, LikelihoodRatio):
+        raise OptionError(f"estimator is {type(estimator).__name__}; it has to be an onward.LikelihoodRatio.")
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise OptionError(f"seed={seed!r}: it has to be an integer of 64 bits.")
     return Program(model, compile_model(model, example_inputs, estimator or LikelihoodRatio()), loss, seed)

@@ -3,12 +3,17 @@
 In front of the vjp go
 
 1. ``unpack_signs`` (and the scale) for every encoded capture,
-2. the cotangent, from the losses' ``weights`` and regenerated noise: ``weighted_noise_sum`` where the captures are the
-   clean run's and all copies share one vjp (DESIGN.md 5), ``weighted_noise`` where every copy has its own captures (1),
+2. the cotangent at the noise point, from one of
+   - ``"noise"``: the losses' ``weights`` and regenerated noise. ``weighted_noise_sum`` where the captures are the clean
+     run's and all copies share one vjp (DESIGN.md 5), ``weighted_noise`` where every copy has its own captures (1);
+   - ``"feedback"``: the learned Jacobian of the outputs, times the outputs' error ``e`` (12);
+   - ``"corrected"``: the sum of both, the weights being what feedback leaves unexplained;
+   - ``"error"``: ``e`` itself, at the model's output;
+   times the alive mask, where the noise point has one (10),
 3. in the second case, the scaling of sizes by the number of copies, and the tiling of constants with one row a sample.
 
-What a completed subgraph reads is captures, parameters, constants, ``weights``, the ids of draws or copies, and the key:
-never another subgraph's result, and never noise.
+What a completed subgraph reads is captures, parameters, constants, ``weights``, the ids of draws or copies, the key, and
+the feedback matrix and ``e``: never another subgraph's result, and never noise.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from torch import fx
 
 from . import ops
 from .find_sites import Site
-from .graph import Kind, Role, add_runtime_placeholder, finish, outputs, set_outputs
+from .graph import Kind, Layout, Role, add_runtime_placeholder, finish, outputs, set_outputs
 from .insert_captures import Capture
 from .locate_samples import batch_symbol, multiple_of_batch
 
@@ -36,8 +41,9 @@ def complete_gradient(
     noise: str,
     score: str,
     graph_module: fx.GraphModule,
+    source: str = "noise",
 ) -> fx.GraphModule:
-    """The gradient subgraph of `site`; `graph_module` is the one-copy graph (for sizes' symbols)."""
+    """The gradient subgraph of `site`; `graph_module` is the one-copy graph, `source` that of the cotangent (above)."""
     by_operand = {capture.operand: capture for capture in captures}
     batch = batch_symbol(graph_module)
     graph = fx.Graph()
@@ -54,25 +60,29 @@ def complete_gradient(
             new.meta["target"] = capture.name
             new.meta["capture"] = capture.encoding
             late.append((node, capture))
-    ids = add_runtime_placeholder(graph, "copies" if per_copy else "draws", None)
-    key = add_runtime_placeholder(graph, "key", None)
-    weights = add_runtime_placeholder(graph, "weights", None)
+    ids = add_runtime_placeholder(graph, "copies", None) if per_copy else None
     for node, capture in late:
         if capture.encoding != "exact":
             mapping[node] = _decoded(graph, mapping[node], capture, node)
     captured = {node for node, _ in late}
     layouts = {node.name: node.meta.get("layout") for node in graph_module.graph.nodes}
-    for node in list(mapping) if per_copy else ():
+    for node in list(mapping) if ids is not None else ():
         layout = layouts.get(node.meta["target"]) if node.meta["role"] == Role.VALUE else None
         if isinstance(node.meta.get("val"), (int, torch.SymInt)):
             mapping[node] = _scaled(graph, mapping[node], ids, multiple_of_batch(node.meta["val"], batch))
         elif layout is not None and layout.batched and node not in captured:  # a constant with one row a sample
             mapping[node] = graph.call_function(ops.tile, (mapping[node], ids, layout.dim, layout.outer))
-    target = ops.weighted_noise if per_copy else ops.weighted_noise_sum
-    at = site.layout
-    cotangent = graph.call_function(
-        target, (weights, ids, key, site.index, noise, score, list(at.sizes), at.dim, at.outer)
-    )
+    cotangent = _cotangent(graph, site, noise, score, source, ids)
+    _describe_feedback(graph, site, vjp, graph_module)
+    alive = next(n.meta.get("alive") for n in graph_module.graph.nodes if n.name == site.output)
+    if alive is not None:
+        mask = _last_placeholder(graph, alive)
+        mask.meta.update(
+            role=Role.VALUE, target=alive, val=next(n for n in graph_module.graph.nodes if n.name == alive).meta["val"]
+        )
+        if ids is not None:
+            mask = graph.call_function(ops.tile, (mask, ids, site.layout.dim, site.layout.outer))
+        cotangent = graph.call_function(_aten.mul.Tensor, (cotangent, mask))
     place = next(node for node in vjp.graph.nodes if node.op == "placeholder" and node.meta["target"] == "cotangent")
     cotangent.meta["val"] = place.meta.get("val")
     dtype = place.meta["val"].dtype
@@ -87,6 +97,61 @@ def complete_gradient(
     module = fx.GraphModule(vjp, graph)
     set_outputs(module, results)
     return finish(module)
+
+
+def _cotangent(
+    graph: fx.Graph, site: Site, noise: str, score: str, source: str, copies: fx.Node | None
+) -> fx.Node:
+    layout = site.layout
+    where = (list(layout.sizes), layout.dim, layout.outer)
+    terms = []
+    if source in ("noise", "corrected"):
+        key = add_runtime_placeholder(graph, "key", None)
+        weights = add_runtime_placeholder(graph, "weights", None)
+        if copies is not None:
+            terms.append(graph.call_function(ops.weighted_noise, (weights, copies, key, site.index, noise, score, *where)))
+        else:
+            draws = add_runtime_placeholder(graph, "draws", None)
+            arguments = (weights, draws, key, site.index, noise, score, *where)
+            terms.append(graph.call_function(ops.weighted_noise_sum, arguments))
+    if source in ("feedback", "corrected"):
+        error = add_runtime_placeholder(graph, "error", None)
+        jacobian = add_runtime_placeholder(graph, f"feedback.{site.index}", None)
+        rows = graph.call_function(_aten.mm.default, (error, graph.call_function(_aten.t.default, (jacobian,))))
+        terms.append(from_rows(graph, rows, layout))
+    if source == "error":
+        terms.append(from_rows(graph, add_runtime_placeholder(graph, "error", None), layout))
+    return terms[0] if len(terms) == 1 else graph.call_function(_aten.add.Tensor, tuple(terms))
+
+
+def _describe_feedback(graph: fx.Graph, site: Site, vjp: fx.GraphModule, graph_module: fx.GraphModule) -> None:
+    """Shapes of what feedback reads, which no trace has seen: the error (N, outputs) and J (elements, outputs)."""
+    val = next(n.meta["val"] for n in vjp.graph.nodes if n.op == "placeholder" and n.meta["target"] == "cotangent")
+    layouts = [node.meta.get("layout") for output, node in outputs(graph_module) if output.kind == "output"]
+    width = sum(layout.elements for layout in layouts if layout is not None)
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.meta.get("role") == Role.RUNTIME and site.layout.batched:
+            if node.meta["target"] == "error":
+                node.meta["val"] = val.new_empty((val.shape[site.layout.dim], width))
+            elif node.meta["target"] == f"feedback.{site.index}":
+                node.meta["val"] = val.new_empty((site.layout.elements, width))
+
+
+def from_rows(graph: fx.Graph, rows: fx.Node, layout: Layout) -> fx.Node:
+    """``(N, elements a sample)`` brought to the shape of a clean tensor of this layout."""
+    before, after = list(layout.sizes[: layout.dim]), list(layout.sizes[layout.dim + 1 :])
+    inner = layout.sizes[layout.dim] // layout.outer
+    parts = [-1, *before, layout.outer, inner, *after]
+    value = graph.call_function(_aten.reshape.default, (rows, parts))
+    if layout.dim or layout.outer > 1:
+        value = graph.call_function(_aten.movedim.int, (value, 0, layout.dim + 1))
+    return graph.call_function(_aten.reshape.default, (value, [*before, -1, *after]))
+
+
+def _last_placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        return graph.placeholder(name)
 
 
 def _decoded(graph: fx.Graph, packed: fx.Node, capture: Capture, node: fx.Node) -> fx.Node:

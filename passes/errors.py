@@ -62,6 +62,10 @@ class CheckpointError(OnwardError, RuntimeError):
     """A checkpoint cannot be written, or is damaged, or belongs to another model."""
 
 
+class OutputError(OnwardError, RuntimeError):
+    """A file or folder cannot be written, or holds something that is not to be overwritten. It is as it was."""
+
+
 class DataError(OnwardError, RuntimeError):
     """A data set cannot be loaded, with the reason and what to install or do."""
 

@@ -9,6 +9,9 @@ With ``join_statistics`` an operation that normalises by statistics of the batch
 joins the site that feeds it, if nothing else reads that site: its statistics couple the samples, the copies see the
 clean run's (`share_prefixes`), so only the local vjp can know how they depend on the weights before them.
 
+With ``share_sums`` sites whose results meet in an addition that nothing bypasses (a block's last convolution and its
+shortcut) become one site with its noise at the sum: their gradients are the same there (DESIGN.md 10).
+
 Writes ``meta["site"]`` (a `Site`) on the node whose value receives the noise.
 
 Declines (with an error that names the parameter or the operation):
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import fx
 
 from .errors import UnreachedParameterError, UnsupportedModelError
@@ -63,8 +67,15 @@ class Site:
     line: str
     """``file:line: code`` in the user's source."""
 
+    @property
+    def joined(self) -> bool:
+        """Whether an operation with batch statistics joined the one that reads the parameters."""
+        return "+" in self.operation
 
-def find_sites(module: fx.GraphModule, *, join_statistics: bool = True) -> fx.GraphModule:
+
+def find_sites(
+    module: fx.GraphModule, *, join_statistics: bool = True, share_sums: bool = False
+) -> fx.GraphModule:
     module = clone(module)
     classify(module)
     order = {node: position for position, node in enumerate(module.graph.nodes)}
@@ -77,23 +88,25 @@ def find_sites(module: fx.GraphModule, *, join_statistics: bool = True) -> fx.Gr
                 found.append(node)
                 if join_statistics:
                     _join(node)
-    for index, node in enumerate(found):
+    meeting: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}
+    for node in found:
         last = node.meta.pop("last", node)
-        region = _region(node, last, order)
-        output = _output(last)
-        site = Site(
+        meeting.setdefault(_sum(_output(last)) if share_sums else _output(last), []).append((node, last))
+    for index, (output, members) in enumerate(sorted(meeting.items(), key=lambda item: order[item[0]])):
+        region = _region(output, members, order)
+        first = members[0][0]
+        output.meta["site"] = Site(
             index=index,
-            name=_unique(_readable(node), names),
-            operation=operation_name(node) if last is node else f"{operation_name(node)}+{operation_name(last)}",
+            name=_unique("+".join(_readable(node) for node, _ in members), names),
+            operation="+".join(operation_name(each) for node, last in members for each in dict.fromkeys((node, last))),
             output=output.name,
-            core=node.name,
+            core=first.name,
             region=tuple(member.name for member in region),
             parameters=_parameters(region),
             operands=_operands(region),
-            layout=_layout(output, node),
-            line=origin(node).line,
+            layout=_layout(output, first),
+            line=origin(first).line,
         )
-        output.meta["site"] = site
     for node in module.graph.nodes:
         node.meta.pop("joined", None)
     _check_reached(module)
@@ -117,6 +130,12 @@ def _output(node: fx.Node) -> fx.Node:
     output: fx.Node | None = node
     if isinstance(node.meta.get("val"), (tuple, list)):
         output = getitem(node, 0)
+        if any(_is_read(user) for user in node.users if user is not output):
+            raise UnsupportedModelError(
+                f"{describe(node)} reads a trainable parameter and has several results that are used. Noise on the first "
+                "alone would miss what the parameter does through the others. Split it into operations with one result "
+                "each (the formula of a cell instead of the fused cell); or freeze the parameter."
+            )
     if output is None or not is_floating(output):
         raise UnsupportedModelError(
             f"{describe(node)} reads a trainable parameter but its result is not a floating-point tensor, so no noise "
@@ -126,17 +145,43 @@ def _output(node: fx.Node) -> fx.Node:
     return output
 
 
-def _region(node: fx.Node, last: fx.Node, order: dict[fx.Node, int]) -> list[fx.Node]:
-    members = {node, last}
-    stack = [source for member in (node, last) for source in member.all_input_nodes]
+def _is_read(result: fx.Node) -> bool:
+    """Whether a floating-point result is read by anything but a buffer's update."""
+    if not is_floating(result):
+        return False
+    described = dict.fromkeys(output.kind for output, node in outputs(result.graph.owning_module) if node is result)
+    return any(user.op != "output" for user in result.users) or any(kind != "mutation" for kind in described)
+
+
+def _sum(output: fx.Node) -> fx.Node:
+    """The last of the sums of its own shape that all of a site's result goes into."""
+    while len(output.users) == 1:
+        reader = next(iter(output.users))
+        whole = reader.target in _SUMS and not reader.kwargs and reader.meta["val"].shape == output.meta["val"].shape
+        if not whole or reader.meta.get("layout") != output.meta.get("layout"):
+            break
+        output = reader
+    return output
+
+
+_SUMS = (torch.ops.aten.add.Tensor,)
+
+
+def _region(output: fx.Node, members: list[tuple[fx.Node, fx.Node]], order: dict[fx.Node, int]) -> list[fx.Node]:
+    """The nodes from the members to the noise point, and the parameter expressions that they read."""
+    inside = {node for member in members for node in member}
+    for _, last in members:
+        current = last
+        while current is not output:  # each step on the way has one reader
+            current = _output(current) if isinstance(current.meta.get("val"), (tuple, list)) else next(iter(current.users))
+            inside.add(current)
+    stack = [source for node in inside for source in node.all_input_nodes]
     while stack:
         source = stack.pop()
-        if source.meta["kind"] == Kind.PARAMETER and source not in members:
-            members.add(source)
+        if source.meta["kind"] == Kind.PARAMETER and source not in inside:
+            inside.add(source)
             stack.extend(source.all_input_nodes)
-    if isinstance(last.meta.get("val"), (tuple, list)):
-        members.add(_output(last))
-    return sorted(members, key=order.__getitem__)
+    return sorted(inside, key=order.__getitem__)
 
 
 def _parameters(region: list[fx.Node]) -> tuple[str, ...]:
@@ -192,6 +237,8 @@ def _check_reached(module: fx.GraphModule) -> None:
             else:
                 del node.meta["site"]
     _renumber(module)
+    if not any(node.meta["trainable"] for node in placeholders(module, Role.PARAMETER)):
+        raise UnreachedParameterError("the model has no trainable parameter: there is nothing to train.")
     missing = [
         node
         for node in placeholders(module, Role.PARAMETER)
@@ -201,7 +248,7 @@ def _check_reached(module: fx.GraphModule) -> None:
         listed = ", ".join(repr(node.meta["target"]) for node in missing)
         unused = [node.meta["target"] for node in missing if not node.users]
         reason = (
-            "it is never read in forward" if unused else "what it feeds does not combine with an input or never reaches "
+            "it is never read in forward, or its result is thrown away" if unused else "what it feeds does not combine with an input or never reaches "
             "the model's output"
         )
         raise UnreachedParameterError(

@@ -186,7 +186,7 @@ def add_runtime_placeholder(graph: fx.Graph, name: str, val: Any) -> fx.Node:
                 return node
             last = node
     with graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes), None)):
-        node = graph.placeholder(name)
+        node = graph.placeholder(name.replace(".", "_"))
     node.meta.update(role=Role.RUNTIME, target=name, val=val, kind=Kind.CONSTANT)
     return node
 

@@ -6,7 +6,7 @@ For each site and each activation its vjp reads, by the estimator's ``capture``:
 - ``"sign"``: ``pack_signs(x)``, one or two bits an element by the sign domain. Biased: the magnitude is gone.
 - ``"stochastic"``: ``scale = max |x|`` of the sample, ``pack_signs(stochastic_sign(x, scale))``: the same bits, unbiased.
 
-Sites whose rule does not allow an encoding are captured exactly; of a norm layer the normalised activation is captured
+Sites whose rule does not allow an encoding, or that multiply two activations, are captured exactly; of a norm layer the normalised activation is captured
 where signs are asked for. Sites that read the same activation share its capture.
 
 Writes ``meta["captures"]`` (a tuple of `Capture`) on each noise point, and appends the captured nodes to the outputs, so
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from . import ops
 from .find_sites import Site, sites
@@ -115,7 +116,8 @@ def _source(module: fx.GraphModule, site: Site, operand: str, nodes: dict[str, f
 
 
 def _describe(site: Site, operand: str, source: fx.Node, nodes: dict[str, fx.Node], capture: str) -> Capture:
-    encodable = rule_for(nodes[site.core].target).encodable and "+" not in site.operation
+    core = nodes[site.core]
+    encodable = rule_for(core.target).encodable and not site.joined and _reads_one_activation(core)
     layout: Layout | None = source.meta.get("layout")
     encoding = capture if encodable and is_floating(source) and layout is not None else "exact"
     domain = source.meta.get("sign_domain", "signed")
@@ -124,6 +126,13 @@ def _describe(site: Site, operand: str, source: fx.Node, nodes: dict[str, fx.Nod
     exact = elements * val.element_size()
     packed = ops.DOMAINS[domain] * ((elements + 7) // 8) + (4 if encoding == "stochastic" else 0)
     return Capture(operand, source.name, encoding, domain, layout, exact, exact if encoding == "exact" else packed)
+
+
+def _reads_one_activation(core: fx.Node) -> bool:
+    """Whether one operand alone depends on the inputs, so that the parameters' gradient is linear in it: the encodings of
+    two factors (``nn.Bilinear``, ``einsum`` of three, or an activation with itself) are not unbiased together."""
+    operands = pytree.tree_leaves((core.args, core.kwargs))
+    return sum(isinstance(one, fx.Node) and one.meta["kind"] == Kind.ACTIVATION for one in operands) == 1
 
 
 def _encode(module: fx.GraphModule, site: Site, one: Capture, source: fx.Node) -> list[tuple[Output, fx.Node]]:

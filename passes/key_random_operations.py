@@ -2,13 +2,14 @@
 
 Rewrites:
 1. ``native_dropout`` / ``dropout`` in training mode -> ``x * (keyed_random >= p) / (1 - p)``
-2. ``rand``, ``rand_like``, ``randn``, ``randn_like``, ``bernoulli`` -> ``onward.keyed_random``
+2. ``scaled_dot_product_attention`` with dropout -> the formula that it documents, with the dropout of 1.
+   (attention without dropout draws nothing and stays)
+3. ``rand``, ``rand_like``, ``randn``, ``randn_like``, ``bernoulli`` -> ``onward.keyed_random``
 
 The numbers depend on (seed, step, operation) and not on the copy: the copies, hence both halves of an antithetic pair,
 differ in nothing but the injected noise, as in backpropagation where a step has one dropout mask a sample.
 
-Declines (with UnsupportedModelError): any other operation that torch tags ``nondeterministic_seeded``, attention with
-dropout among them (attention without dropout draws nothing and stays).
+Declines (with UnsupportedModelError): any other operation that torch tags ``nondeterministic_seeded``.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def key_random_operations(module: fx.GraphModule) -> fx.GraphModule:
         if rule is None:
             raise UnsupportedModelError(
                 f"{describe(node)} draws random numbers that Onward cannot repeat for every copy. Supported: dropout, "
-                "rand, rand_like, randn, randn_like, bernoulli."
+                "attention with dropout, rand, rand_like, randn, randn_like, bernoulli."
             )
         key = add_runtime_placeholder(module.graph, "key", None)
         with module.graph.inserting_before(node):
@@ -115,17 +116,40 @@ def _dropout(b: _Builder) -> None:
                 raise UnsupportedModelError(f"{describe(b.node)}: the dropout mask itself is used; only its value may be.")
             result = user
     assert isinstance(x, fx.Node)
-    if not training or p == 0:
-        new = x
-    else:
-        assert isinstance(p, (int, float))
-        kept = b.call(_aten.ge.Scalar, b.random("uniform", x), p)
-        new = b.call(_aten.mul.Tensor, x, kept)
-        new = b.call(_aten.mul.Tensor, new, 0.0 if p == 1 else 1.0 / (1.0 - p))
-    result.replace_all_uses_with(new)
+    result.replace_all_uses_with(_dropped(b, x, p if training else 0.0, b.random("uniform", x) if training and p else None))
     if result is not b.node:
         b.graph.erase_node(result)
     b.graph.erase_node(b.node)
+
+
+def _dropped(b: _Builder, x: fx.Node, p: Any, uniform: fx.Node | None) -> fx.Node:
+    if uniform is None:
+        return x
+    new = b.call(_aten.mul.Tensor, x, b.call(_aten.ge.Scalar, uniform, p))
+    return b.call(_aten.mul.Tensor, new, 0.0 if p == 1 else 1.0 / (1.0 - p))
+
+
+def _attention(b: _Builder) -> None:
+    query, key, value, mask, p, causal = (*b.node.args, *(None, 0.0, False)[len(b.node.args) - 3 :])
+    scale, grouped = b.node.kwargs.get("scale"), b.node.kwargs.get("enable_gqa", False)
+    assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+    width = query.meta["val"].shape[-1]
+    rows, columns = query.meta["val"].shape[-2], key.meta["val"].shape[-2]
+    if grouped or not all(isinstance(extent, int) for extent in (width, rows, columns)):
+        raise UnsupportedModelError(f"{describe(b.node)} with dropout needs one head a key and fixed lengths; set dropout to 0.")
+    query = b.call(_aten.mul.Tensor, query, width**-0.5 if scale is None else scale)
+    scores = b.call(_aten.matmul.default, query, b.call(_aten.transpose.int, key, -2, -1))
+    if causal:
+        device = scores.meta["val"].device
+        ones = b.call(_aten.ones.default, [rows, columns], dtype=torch.bool, device=device)
+        scores = b.call(_aten.masked_fill.Scalar, scores, b.call(_aten.triu.default, ones, 1), -torch.inf)
+    if isinstance(mask, fx.Node) and mask.meta["val"].dtype == torch.bool:
+        scores = b.call(_aten.masked_fill.Scalar, scores, b.call(_aten.logical_not.default, mask), -torch.inf)
+    elif isinstance(mask, fx.Node):
+        scores = b.call(_aten.add.Tensor, scores, mask)
+    weights = b.call(_aten.softmax.int, scores, -1)
+    weights = _dropped(b, weights, p, b.random("uniform", weights))
+    b.replace(b.call(_aten.matmul.default, weights, value))
 
 
 def _like(distribution: str) -> Callable[[_Builder], None]:
@@ -145,20 +169,23 @@ def _sized(distribution: str) -> Callable[[_Builder], None]:
 
 
 def _bernoulli(b: _Builder) -> None:
-    probability = b.node.args[0]
-    assert isinstance(probability, fx.Node)
-    below = b.call(_aten.lt.Tensor, b.random("uniform", probability), probability)
-    b.replace(b.call(_aten._to_copy.default, below, dtype=probability.meta["val"].dtype))
+    like = b.node.args[0]
+    assert isinstance(like, fx.Node)
+    less, probability = (_aten.lt.Tensor, like) if len(b.node.args) == 1 else (_aten.lt.Scalar, b.node.args[1])
+    below = b.call(less, b.random("uniform", like), probability)
+    b.replace(b.call(_aten._to_copy.default, below, dtype=like.meta["val"].dtype))
 
 
 _RULES: dict[Any, Callable[[_Builder], None]] = {
     _aten.dropout.default: _dropout,
     _aten.native_dropout.default: _dropout,
+    _aten.scaled_dot_product_attention.default: _attention,
     _aten.rand_like.default: _like("uniform"),
     _aten.randn_like.default: _like("normal"),
     _aten.rand.default: _sized("uniform"),
     _aten.randn.default: _sized("normal"),
     _aten.bernoulli.default: _bernoulli,
+    _aten.bernoulli.p: _bernoulli,
 }
 
 __all__ = ["is_random", "key_random_operations"]

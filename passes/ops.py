@@ -25,9 +25,10 @@ _library = torch.library.Library("onward", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 for _schema in (
-    # z + sigmas[site] * noise, for every copy: (K*N, ...). `tiled` says whether z already holds the K copies.
+    # z + sigmas[site] * noise, for every copy: (K*N, ...). `tiled` says whether z already holds the K copies; `alive`,
+    # boolean and clean, where given, says which coordinates receive noise (DESIGN.md 10).
     "perturb(Tensor z, Tensor copies, Tensor key, Tensor sigmas, int site, str noise, "
-    "int[] sizes, int dim, int outer, bool tiled) -> Tensor",
+    "int[] sizes, int dim, int outer, bool tiled, Tensor? alive=None) -> Tensor",
     # A clean tensor repeated for every copy.
     "tile(Tensor x, Tensor copies, int dim, int outer) -> Tensor",
     # sum over d of weights[d, sample] * score(noise of draws[d]); weights (D, N), result shaped like the clean tensor.
@@ -67,7 +68,7 @@ def _clean_shape(sizes: list[int], dim: int, batch: int) -> list[int]:
 
 
 @torch.library.register_fake("onward::perturb")
-def _(z, copies, key, sigmas, site, noise, sizes, dim, outer, tiled):  # type: ignore[no-untyped-def]
+def _(z, copies, key, sigmas, site, noise, sizes, dim, outer, tiled, alive=None):  # type: ignore[no-untyped-def]
     return z.new_empty(z.shape if tiled else _tiled_shape(z.shape, copies, dim))
 
 

@@ -107,8 +107,9 @@ RULES: dict[Any, Rule] = {
         "normalized", True, _without_affine(2, 3, None), _last_dims, "γ reads x̂, β nothing"
     ),
     _aten.group_norm.default: Rule("normalized", True, _without_affine(2, 3, None), _channels, "γ reads x̂, β nothing"),
-    _aten._native_batch_norm_legit_functional.default: Rule(
-        "normalized", True, _without_affine(1, 2, 0), _channels, "γ reads x̂, β nothing"
+    **dict.fromkeys(
+        (_aten._native_batch_norm_legit_functional.default, _aten._native_batch_norm_legit.no_stats),
+        Rule("normalized", True, _without_affine(1, 2, 0), _channels, "γ reads x̂, β nothing"),
     ),
 }
 

@@ -5,7 +5,7 @@ in the clean run, and shared by all copies. The perturbed run holds all copies o
 
 1. A noise node of the group branches: it takes the clean value and returns its copies.
 2. A clean value that a perturbed operation reads is tiled, if it has a batch dimension, or shared as it is.
-3. A size that depends on the batch is multiplied by the number of copies.
+3. A size that depends on the batch is multiplied by the number of copies, unless it is used as a value (``h / len(h)``).
 4. Noise nodes of other groups vanish.
 5. An operation with batch statistics (batch normalisation in training mode) sees the clean run's statistics: copies then
    do not depend on each other or on other samples, and the per-sample losses stay attributable. Running statistics are
@@ -40,6 +40,8 @@ def perturbed_nodes(module: fx.GraphModule, group: Iterable[int]) -> set[fx.Node
     group = set(group)
     reached: set[fx.Node] = set()
     for node in module.graph.nodes:
+        if node.meta.get("clean"):
+            continue  # a mask of the clean run, whatever it reads
         if node.meta.get("noise_of") in group or any(source in reached for source in node.all_input_nodes):
             reached.add(node)
     return reached
@@ -150,7 +152,10 @@ class _Extraction:
         elif self.copies and uses_batch_statistics(node):
             self.mapping[node] = self._frozen(node)
         else:
-            self.mapping[node] = self.graph.node_copy(node, self._argument)
+            values = _sizes_used_as_values(node) if self.copies else set()
+            self.mapping[node] = self.graph.node_copy(
+                node, lambda n: self.mapping[n] if n in values else self._argument(n)
+            )
         new = self.mapping[node]
         if new.op == "call_function":
             new.meta.pop("site", None)
@@ -218,3 +223,16 @@ class _Extraction:
             owner, index = self.statistics[node]
             return self.graph.call_function(operator.getitem, (self.mapping[owner], index))
         return self._argument(node) if isinstance(node, fx.Node) else node
+
+
+def _sizes_used_as_values(node: fx.Node) -> set[fx.Node]:
+    """The sizes that an operation computes with, where its schema wants a tensor or a number."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return set()
+    found = set()
+    for position, argument in enumerate(node.target._schema.arguments):
+        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        if isinstance(given, fx.Node) and given.meta.get("kind") == Kind.SIZE:
+            if any(name in str(argument.type) for name in ("Tensor", "number")):
+                found.add(given)
+    return found

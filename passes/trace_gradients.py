@@ -24,7 +24,7 @@ from .errors import UnreachedParameterError, UnsupportedModelError
 from .find_sites import Site, sites
 from .graph import Output, Role, describe, finish, set_outputs
 from .locate_samples import batch_symbol
-from .rules import Rule, rule_for
+from .rules import Rule, rule_for, uses_batch_statistics
 
 
 def trace_gradients(module: fx.GraphModule, *, capture: str) -> dict[int, fx.GraphModule]:
@@ -36,7 +36,10 @@ def trace_gradients(module: fx.GraphModule, *, capture: str) -> dict[int, fx.Gra
 def captures_normalized(site: Site, core: fx.Node, capture: str) -> bool:
     """Whether the site's gradient is taken in terms of the normalised activation x̂ (see `passes.rules`)."""
     rule = rule_for(core.target)
-    return capture != "exact" and rule.encodable and rule.normalize is not None and _last(site, core) is core
+    if not rule.encodable or rule.normalize is None or _last(site, core) is not core:
+        return False
+    # recomputed from its input, a copy's x̂ would have the statistics of the copies beside it, not the clean run's
+    return capture != "exact" or uses_batch_statistics(core)
 
 
 def _last(site: Site, core: fx.Node) -> fx.Node:
@@ -205,7 +208,13 @@ def _normal_form(
     return finish(module)
 
 
+_SHAPE_ONLY = (torch.ops.aten.zeros_like.default, torch.ops.aten.ones_like.default, torch.ops.aten.full_like.default,
+               torch.ops.aten.new_zeros.default)  # fmt: skip
+"""Operations that read of a tensor nothing but its shape: the derivative of sign or round is a ``zeros_like``."""
+
+
 def _depends_on(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a value of `source` reaches `node`."""
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
@@ -214,7 +223,7 @@ def _depends_on(node: fx.Node, source: fx.Node) -> bool:
             return True
         if current not in seen:
             seen.add(current)
-            stack.extend(current.all_input_nodes)
+            stack.extend(current.all_input_nodes if current.target not in _SHAPE_ONLY else ())
     return False
 
 

@@ -11,7 +11,10 @@ from torch import Tensor, fx
 
 from ..compiler.program import CompiledModel, GradientSubgraph, input_keys, output_keys
 from ..passes.errors import NonFiniteLossError
-from .plan import Forward, Gradient, Perturb, chunks, make_plan
+from .feedback import FeedbackState, Probe, learn
+from .narrow import narrow
+from .output_error import OutputError
+from .plan import Error, Forward, Gradient, Learn, Perturb, chunks, make_plan
 
 Environment = dict[str, Any]
 
@@ -28,6 +31,49 @@ class StepResult:
     """Estimated gradient of the mean loss, by parameter name."""
     buffers: dict[str, Tensor] = field(default_factory=dict)
     """New values of the buffers that the forward changes."""
+    feedback: FeedbackState | None = None
+    """What feedback has learned, this step included."""
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """What a step is a function of."""
+
+    environment: Environment
+    """Parameters, buffers, constants, inputs, and ``runtime:key`` and ``runtime:sigmas``, by binding key."""
+    loss: Callable[[list[Any], int, int], Tensor]
+    """``(output leaves, copies, samples) -> losses``: ``(copies, samples)``, or ``(copies, 1)`` with batch credit."""
+    samples: int
+    """Batch size N."""
+    target: Any = None
+    feedback: FeedbackState | None = None
+    output_error: OutputError | None = None
+    """With learned feedback: the loss's gradient at the output."""
+
+
+class SerialExecutor:
+    """Runs the plan of a compiled model action by action, on whatever device its tensors are."""
+
+    def __init__(self, compiled: CompiledModel, sigmas: list[float]) -> None:
+        self.compiled = compiled
+        self.sigmas = sigmas
+        self.plan = make_plan(compiled)
+        self.copies = [torch.tensor(chunk, dtype=torch.int64) for chunk in chunks(compiled)]
+        self.draws = torch.arange(compiled.estimator.draws)
+        self.stages = [_Callable(stage) for stage in compiled.stages]
+        self.runs = [_Callable(run.module) for run in compiled.runs]
+        self.gradients = {g.site.index: (_Callable(g.module), g) for g in compiled.gradients}
+
+    def run(self, given: StepInput) -> StepResult:
+        """One step; raises NonFiniteLossError, and whatever the loss raises."""
+        step = _Step(self, given)
+        for action in self.plan:
+            _HANDLERS[type(action)](step, action)
+        return step.result
+
+    def num_probed(self, samples: int) -> int:
+        """Samples of a batch that are perturbed."""
+        return max(1, round(self.compiled.estimator.probe * samples))
 
 
 class _Callable:
@@ -40,110 +86,135 @@ class _Callable:
 
     def __call__(self, *environments: Environment) -> Environment:
         """Run on the first environment that has each input."""
-        if len(environments) == 1:
-            (environment,) = environments
-            arguments = [environment[key] for key in self.inputs]
-        else:
-            arguments = [next(e[key] for e in environments if key in e) for key in self.inputs]
+        arguments = [next(e[key] for e in environments if key in e) for key in self.inputs]
         return dict(zip(self.outputs, self.forward(*arguments), strict=True))
 
 
-class SerialExecutor:
-    """Runs the plan of a compiled model action by action, on whatever device its tensors are."""
+class _Step:
+    """The state of a step in progress; one method an action."""
 
-    def __init__(self, compiled: CompiledModel, sigmas: list[float]) -> None:
-        self.compiled = compiled
-        self.sigmas = sigmas
-        self.plan = make_plan(compiled)
-        self.chunks = chunks(compiled)
-        self._stages = [_Callable(stage) for stage in compiled.stages]
-        self._runs = [_Callable(run.module) for run in compiled.runs]
-        self._gradients = {g.site.index: (_Callable(g.module), g) for g in compiled.gradients}
+    def __init__(self, executor: SerialExecutor, given: StepInput) -> None:
+        self.executor, self.given = executor, given
+        self.compiled, self.estimator = executor.compiled, executor.compiled.estimator
+        self.environment = given.environment
+        self.environment["runtime:copies"] = torch.zeros(1, dtype=torch.int64)
+        self.environment["runtime:draws"] = executor.draws
+        self.perturbed: Environment = {}
+        self.losses: dict[int, list[Tensor]] = {run.index: [] for run in self.compiled.runs}
+        self.responses: dict[int, list[Tensor]] = {run.index: [] for run in self.compiled.runs}
+        self.unexplained: Tensor | None = None
+        self.clean = torch.empty(0)
+        self.error = torch.empty(0)
+        self.result = StepResult([], self.clean, feedback=given.feedback)
+        if given.feedback is not None:
+            for site, jacobian in given.feedback.jacobians.items():
+                self.environment[f"runtime:feedback.{site}"] = jacobian
 
-    def run(self, environment: Environment, loss: Callable[[list[Any], int], Tensor], samples: int) -> StepResult:
-        """One step.
+    def forward(self, action: Forward) -> None:
+        self.environment.update(self.executor.stages[action.stage](self.environment))
 
-        Args:
-            environment: parameters, buffers, constants, inputs and ``runtime:key``, ``runtime:sigmas``. Grows by the
-                clean run's values.
-            loss: ``(output leaves, copies) -> losses``: ``(copies, samples)``, or ``(copies, 1)`` with batch credit.
-            samples: batch size N.
-        """
-        device = environment["runtime:key"].device
-        ids = [torch.tensor(chunk, dtype=torch.int64, device=device) for chunk in self.chunks]
-        environment["runtime:copies"] = torch.zeros(1, dtype=torch.int64, device=device)
-        environment["runtime:draws"] = torch.arange(self.compiled.estimator.draws, device=device)
-        clean = None
-        losses: dict[int, list[Tensor]] = {run.index: [] for run in self.compiled.runs}
-        perturbed: Environment = {}
-        result = StepResult([], torch.empty(0))
-        for action in self.plan:
-            match action:
-                case Forward():
-                    environment.update(self._stages[action.stage](environment))
-                case Perturb():
-                    if clean is None:
-                        clean = self._clean(environment, loss, result)
-                    runtime = {"runtime:copies": ids[action.chunk]}
-                    perturbed = self._runs[action.run](runtime, environment)
-                    perturbed.update(runtime)
-                    chunk = loss(_leaves(perturbed), len(action.copies))
-                    self._check(chunk, action)
-                    losses[action.run].append(chunk)
-                case Gradient():
-                    subgraph, description = self._gradients[action.site]
-                    assert clean is not None
-                    weights = self._weights(description, losses[description.run], clean, samples)
-                    given = {"runtime:weights": weights}
-                    sources = (given, perturbed, environment) if description.per_copy else (given, environment)
-                    _accumulate(result.gradients, subgraph(*sources))
-        if clean is None:
-            self._clean(environment, loss, result)
-        return result
-
-    def _clean(self, environment: Environment, loss: Callable[[list[Any], int], Tensor], result: StepResult) -> Tensor:
-        result.output = _leaves(environment)
-        clean = loss(result.output, 1)[0]
-        if not bool(torch.isfinite(clean).all()):
-            where = "" if clean.numel() == 1 else f" of sample {int((~torch.isfinite(clean)).nonzero()[0])}"
+    def evaluate(self, action: Error) -> None:
+        given, result = self.given, self.result
+        result.output = _leaves(self.environment)
+        leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in result.output]  # a loss may write into it
+        if given.output_error is None:
+            self.clean = given.loss(leaves, 1, given.samples)[0]
+        else:
+            key = self.environment["runtime:key"]
+            self.clean, self.error = given.output_error(leaves[0], given.target, key)
+            self.environment["runtime:error"] = self.error
+        if not bool(torch.isfinite(self.clean).all()):
+            where = "" if self.clean.numel() == 1 else f" of sample {int((~torch.isfinite(self.clean)).nonzero()[0])}"
             raise NonFiniteLossError(
-                f"the loss{where} is {float(clean[~torch.isfinite(clean)][0])} before any noise was added. Gradients, "
-                "buffers and weights are as before the step. Check the inputs and the weights (a lower learning rate?)."
+                f"the loss{where} is {float(self.clean[~torch.isfinite(self.clean)][0])} before any noise was added. "
+                "Gradients, buffers and weights are as before the step. Check the inputs and the weights (a lower "
+                "learning rate?)."
             )
-        result.losses = clean if clean.numel() > 1 or self.compiled.estimator.credit == "sample" else clean.reshape(())
+        result.losses = self.clean.reshape(()) if self.estimator.credit == "batch" else self.clean
         result.buffers = {
-            key.removeprefix("mutation:"): value for key, value in environment.items() if key.startswith("mutation:")
+            key.removeprefix("mutation:"): value
+            for key, value in self.environment.items()
+            if key.startswith("mutation:")
         }
-        return clean
 
-    def _check(self, losses: Tensor, action: Perturb) -> None:
-        finite = torch.isfinite(losses)
+    def perturb(self, action: Perturb) -> None:
+        given, probed = self.given, self.executor.num_probed(self.given.samples)
+        runtime: Environment = {"runtime:copies": self.executor.copies[action.chunk]}
+        clean = narrow(self.compiled.runs[action.run].module, self.environment, given.samples, probed)
+        self.perturbed = {}  # frees the last chunk's values
+        self.perturbed = self.executor.runs[action.run](runtime, clean)
+        self.perturbed.update(runtime)
+        leaves = _leaves(self.perturbed)
+        if self.estimator.feedback == "learned":
+            plus, minus = leaves[0].reshape(2, len(action.copies) // 2, probed, -1)
+            response = (plus - minus) / 2
+            self._check(response.flatten(2).sum(2), action, "output")
+            self.responses[action.run].append(response)
+            if self.estimator.correction == "none":
+                return
+        losses = given.loss(leaves, len(action.copies), probed)
+        self._check(losses, action, "loss")
+        self.losses[action.run].append(losses)
+
+    def learn(self, action: Learn) -> None:
+        run = self.compiled.runs[action.run]
+        state = self.given.feedback
+        assert state is not None
+        probed = self.executor.num_probed(self.given.samples)
+        sites = [self.compiled.sites[index] for index in run.sites]
+        clean = narrow(run.module, self.environment, self.given.samples, probed)
+        alive = {site.index: clean.get(f"value:{run.alive.get(site.index)}") for site in sites}
+        response = torch.cat(self.responses[action.run])
+        probe = Probe(response, self.error[:probed], alive, self.executor.draws, self.environment["runtime:key"])
+        self.result.feedback, predicted = learn(state, probe, sites, self.executor.sigmas, self.estimator.noise)
+        if self.estimator.correction == "full":
+            observed = self._differences(self.losses[action.run]) / (2 * self.given.samples)
+            self.unexplained = observed - (predicted * self.error).sum(2)
+
+    def gradient(self, action: Gradient) -> None:
+        subgraph, description = self.executor.gradients[action.site]
+        given: Environment = {}
+        if not description.from_clean:
+            given["runtime:weights"] = self._weights(description)
+        sources = (given, self.perturbed, self.environment) if description.per_copy else (given, self.environment)
+        for key, value in subgraph(*sources).items():
+            name = key.removeprefix("gradient:")
+            gradients = self.result.gradients
+            gradients[name] = gradients[name] + value if name in gradients else value
+
+    def _check(self, values: Tensor, action: Perturb, what: str) -> None:
+        finite = torch.isfinite(values)
         if bool(finite.all()):
             return
         row, column = (int(index) for index in (~finite).nonzero()[0])
         run = self.compiled.runs[action.run]
         names = ", ".join(self.compiled.sites[site].name for site in run.sites[:3])
         more = ", …" if len(run.sites) > 3 else ""
-        sample = "" if self.compiled.estimator.credit == "batch" else f", sample {column}"
+        sample = "" if self.estimator.credit == "batch" else f", sample {column}"
         raise NonFiniteLossError(
-            f"the loss of copy {action.copies[row]}{sample} is {float(losses[row, column])} with noise at {names}{more}. "
-            "Gradients, buffers and weights are as before the step. A smaller sigma may help."
+            f"the {what} of copy {action.copies[row]}{sample} is {float(values[row, column])} with noise at "
+            f"{names}{more}. Gradients, buffers and weights are as before the step. A smaller sigma may help."
         )
 
-    def _weights(self, gradient: GradientSubgraph, losses: list[Tensor], clean: Tensor, samples: int) -> Tensor:
+    def _weights(self, gradient: GradientSubgraph) -> Tensor:
         """The losses' weights in the estimate (1), (4), with σ, the mean over copies and over samples divided out."""
-        estimator = self.compiled.estimator
-        scale = self.sigmas[gradient.site.index] * estimator.draws * samples
-        if estimator.credit == "batch":
-            scale /= samples  # the loss is the batch's, not a sample's
+        estimator, samples = self.estimator, self.given.samples
+        scale = self.executor.sigmas[gradient.site.index] * estimator.draws
+        if gradient.source == "corrected":
+            assert self.unexplained is not None
+            return self.unexplained / scale
+        losses = self.losses[gradient.run]
+        if estimator.credit == "sample":
+            scale *= samples
         if gradient.per_copy:
-            copies = 2 if estimator.antithetic else 1
-            weights = (losses[-1] - clean) / (scale * copies)
+            weights = (losses[-1] - self.clean) / (scale * (2 if estimator.antithetic else 1))
         elif estimator.antithetic:
             weights = self._differences(losses) / (2 * scale)
         else:
-            weights = (torch.cat(losses) - clean) / scale
-        return weights if weights.shape[1] == samples else weights.expand(-1, samples).contiguous()
+            weights = (torch.cat(losses) - self.clean) / scale
+        if weights.shape[1] == samples or not gradient.site.layout.batched:
+            return weights
+        return weights.expand(-1, samples).contiguous()
 
     def _differences(self, losses: list[Tensor]) -> Tensor:
         """ℓ⁺ − ℓ⁻ of every pair, in the order of the draws."""
@@ -152,12 +223,15 @@ class SerialExecutor:
         return torch.cat([plus - minus for plus, minus in (chunk.chunk(2) for chunk in losses)])
 
 
+_HANDLERS: dict[type, Callable[[_Step, Any], None]] = {
+    Forward: _Step.forward,
+    Error: _Step.evaluate,
+    Perturb: _Step.perturb,
+    Learn: _Step.learn,
+    Gradient: _Step.gradient,
+}
+
+
 def _leaves(environment: Environment) -> list[Any]:
     found = {int(key.removeprefix("output:")): value for key, value in environment.items() if key.startswith("output:")}
     return [found[index] for index in sorted(found)]
-
-
-def _accumulate(gradients: dict[str, Tensor], outputs: Environment) -> None:
-    for key, value in outputs.items():
-        name = key.removeprefix("gradient:")
-        gradients[name] = gradients[name] + value if name in gradients else value

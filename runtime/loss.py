@@ -20,19 +20,19 @@ class SampleLoss:
     """``(output, target) -> (N,)``: the loss of every sample.
 
     A torch loss function or module with a ``reduction`` is asked for ``"none"``, and what is left beyond the samples
-    (positions, pixels) is averaged, as its mean reduction would. Anything else has to return one number a sample: a
-    tensor, a NumPy array or a sequence, of any real dtype; it may be a black box and need not be traceable.
+    (positions, pixels) is averaged, or summed where its reduction is ``"sum"`` or ``"batchmean"``; the samples are always
+    averaged. (Class weights and ``ignore_index`` therefore scale a sample's loss but do not change what the batch is
+    divided by.) Anything else has to return one number a sample: a tensor, a NumPy array or a sequence, of any real
+    dtype; it may be a black box and need not be traceable.
     """
 
     def __init__(self, loss: Loss) -> None:
-        self.loss, self.reduces = _unreduced(loss)
+        self.loss, self.reduction = _unreduced(loss)
         self.name = getattr(loss, "__name__", type(loss).__name__)
 
     def __call__(self, output: Any, target: Any, samples: int) -> Tensor:
         """Raises LossShapeError unless the loss gives `samples` numbers."""
-        losses = as_real(self.loss(output, target), self.name)
-        if self.reduces and losses.dim() > 1:
-            losses = losses.flatten(1).mean(1)
+        losses = self.reduce_positions(as_real(self.loss(output, target), self.name))
         if losses.shape != (samples,):
             raise LossShapeError(
                 f"the loss {self.name} returned shape {tuple(losses.shape)} for {samples} samples; it has to return one "
@@ -40,6 +40,13 @@ class SampleLoss:
                 'use LikelihoodRatio(credit="batch").'
             )
         return losses
+
+    def reduce_positions(self, losses: Tensor) -> Tensor:
+        """``(N, …)`` to ``(N,)`` for a torch loss that was asked not to reduce; anything else as it is."""
+        if not self.reduction or losses.dim() <= 1:
+            return losses
+        losses = losses.flatten(1)
+        return losses.sum(1) if self.reduction in ("sum", "batchmean") else losses.mean(1)
 
 
 class BatchLoss:
@@ -61,25 +68,26 @@ class BatchLoss:
 
 
 def as_real(value: Any, name: str) -> Tensor:
-    """`value` as a floating-point tensor."""
+    """`value` as a tensor of its own (a loss may reuse its memory) of at least single precision."""
     try:
         tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise LossShapeError(f"the loss {name} returned {type(value).__name__}, which is no number: {error}") from error
     if tensor.is_complex():
         raise LossShapeError(f"the loss {name} returned complex numbers; it has to be real.")
-    return tensor.detach() if tensor.is_floating_point() else tensor.to(torch.float32)
+    return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32, copy=True)
 
 
-def _unreduced(loss: Loss) -> tuple[Loss, bool]:
+def _unreduced(loss: Loss) -> tuple[Loss, str]:
+    """The loss without its reduction, and the name of that (``""`` if it has none)."""
     if isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
         unreduced = copy.copy(loss)
         unreduced.reduction = "none"  # type: ignore[assignment]
-        return unreduced, True
+        return unreduced, str(loss.reduction)
     try:
         parameters = inspect.signature(loss).parameters
     except (TypeError, ValueError):
-        return loss, False
+        return loss, ""
     if "reduction" in parameters:
-        return functools.partial(loss, reduction="none"), True
-    return loss, False
+        return functools.partial(loss, reduction="none"), str(parameters["reduction"].default)
+    return loss, ""

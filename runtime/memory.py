@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx
 
-from ..compiler.program import CompiledModel
-from ..passes.graph import Layout
+from ..compiler.program import CompiledModel, PerturbedRun
+from ..passes.graph import Layout, outputs
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -21,7 +22,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def suggest_chunk(compiled: CompiledModel, samples: int, device: torch.device) -> str:
     """The message for a step that ran out of memory, with a chunk of copies that fits by the liveness of its runs."""
     estimator = compiled.estimator
-    per_copy = max((peak_bytes(run.module) for run in compiled.runs), default=0) * samples
+    per_copy = max((_copy_bytes(compiled, run) for run in compiled.runs), default=0) * samples
     free = available_bytes(device)
     fits = int(0.7 * free // per_copy) if per_copy else 0
     step = 2 if estimator.antithetic else 1
@@ -32,6 +33,13 @@ def suggest_chunk(compiled: CompiledModel, samples: int, device: torch.device) -
         f"{per_copy / 2**20:.1f} MiB and {free / 2**20:.0f} MiB are free. chunk={fits} fits; chunks do not change the "
         "noise. Gradients, buffers and weights are as before the step."
     )
+
+
+def _copy_bytes(compiled: CompiledModel, run: PerturbedRun) -> int:
+    """Bytes a sample and copy of a run, or of the gradients that read the captures it leaves."""
+    kept = sum(_bytes(node) for _, node in outputs(run.module) if isinstance(node, fx.Node))
+    gradients = [g.site.layout.elements * 4 for g in compiled.gradients if g.run == run.index and g.per_copy]
+    return max(peak_bytes(run.module), kept + 2 * max(gradients, default=0))
 
 
 def peak_bytes(module: fx.GraphModule) -> int:
@@ -60,4 +68,12 @@ def available_bytes(device: torch.device) -> int:
     """Free memory of a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (ImportError, OSError):  # not Linux
+        return free
+    return free if limit == resource.RLIM_INFINITY else max(0, min(free, limit - used))

@@ -53,10 +53,11 @@ def perturb(
     dim: int,
     outer: int,
     tiled: bool,
+    alive: Tensor | None = None,
 ) -> Tensor:
-    """``z + sigmas[site] * noise`` for every copy (DESIGN equation 1).
+    """``z + sigmas[site] * noise`` for every copy (DESIGN equation 1), on the `alive` coordinates where given (10).
 
-    `z` is floating, clean or (`tiled`) tiled; `copies` int64 (K,), `key` int64 (2,), `sigmas` floating (sites,). The
+    `z` is floating, clean or (`tiled`) tiled; `alive` is boolean, of z's clean shape; `copies` int64 (K,), `key` int64 (2,), `sigmas` floating (sites,). The
     result is tiled, contiguous, of z's dtype; noise and scale are rounded to that dtype first. Where a scale is 0 the
     result is z, bit for bit. Raises UnknownNameError for a noise, OptionError for several copies without a batch
     dimension.
@@ -81,7 +82,13 @@ def perturb(
         return result
     source = Source(distribution, draws, _key(key, site, Purpose.NOISE), z.dtype, z.device, scale)
     xp, destination, origin = _arrays(source.use_numpy, target, clean)
+    mask: Any = None
+    if alive is not None:
+        mask = alive.reshape(layout.rows, 1, layout.samples, layout.inner)
+        (_, mask) = _arrays(source.use_numpy, mask)
     for i, j, (rows, samples, inner), numbers in source.pieces(layout):
+        if mask is not None:
+            numbers = numbers * mask[rows, :, samples, inner].swapaxes(0, 1)
         for piece, copy, sign in runs_within(runs, i, j):
             operation = xp.add if sign > 0 else xp.subtract
             operation(

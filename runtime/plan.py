@@ -2,9 +2,11 @@
 
 ========  ==============================================================================================
 ``F3``    stage 3 of the clean forward
+``E``     the clean losses, and with learned feedback their gradient at the output
 ``P1.0``  the perturbed run of group 1, chunk 0 of its copies
 ``G2``    the gradient subgraph of site 2, from the losses of all copies
 ``G2.0``  the gradient subgraph of site 2 for chunk 0 (its captures are that chunk's own)
+``L1``    the feedback learns from perturbed run 1
 ========  ==============================================================================================
 """
 
@@ -23,6 +25,14 @@ class Forward:
 
     def __str__(self) -> str:
         return f"F{self.stage}"
+
+
+@dataclass(frozen=True)
+class Error:
+    """The losses of the clean run, and with learned feedback their gradient at the output."""
+
+    def __str__(self) -> str:
+        return "E"
 
 
 @dataclass(frozen=True)
@@ -49,17 +59,32 @@ class Gradient:
         return f"G{self.site}" if self.chunk is None else f"G{self.site}.{self.chunk}"
 
 
-Action = Forward | Perturb | Gradient
+@dataclass(frozen=True)
+class Learn:
+    """The feedback's learning step, from all copies of a run."""
+
+    run: int
+
+    def __str__(self) -> str:
+        return f"L{self.run}"
+
+
+Action = Forward | Error | Perturb | Gradient | Learn
 
 
 def make_plan(compiled: CompiledModel) -> tuple[Action, ...]:
-    """The serial order of a step: clean run, then group by group its chunks and its sites' gradients."""
+    """The serial order of a step: clean run and losses, the gradients that need nothing else, then group by group its
+    chunks, what is learned from them, and its sites' gradients."""
     actions: list[Action] = [Forward(stage) for stage in range(len(compiled.stages))]
+    actions.append(Error())
+    actions += [Gradient(g.site.index, None) for g in compiled.gradients if g.from_clean]
     for run in compiled.runs:
-        subgraphs = [gradient for gradient in compiled.gradients if gradient.run == run.index]
+        subgraphs = [g for g in compiled.gradients if g.run == run.index and not g.from_clean]
         for number, copies in enumerate(chunks(compiled)):
             actions.append(Perturb(run.index, number, copies))
             actions += [Gradient(g.site.index, number) for g in subgraphs if g.per_copy]
+        if compiled.estimator.feedback == "learned":
+            actions.append(Learn(run.index))
         actions += [Gradient(g.site.index, None) for g in subgraphs if not g.per_copy]
     return tuple(actions)
 

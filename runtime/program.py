@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..compiler.capture import as_call
 from ..compiler.driver import resolve_sigmas
+from ..compiler.probe import copy_of
 from ..compiler.program import CompiledModel
 from ..passes.errors import BatchError, CheckpointError, ModeError, OutOfMemoryError
-from ..passes.graph import Role, placeholders
+from ..passes.graph import Role, outputs, placeholders
 from . import noise as _noise  # noqa: F401  (registers the kernels)
 from . import packing as _packing  # noqa: F401
-from .executor import Environment, SerialExecutor, StepResult
+from .executor import Environment, SerialExecutor, StepInput, StepResult
+from .feedback import FeedbackState, initial_state
 from .loss import BatchLoss, Loss, SampleLoss
 from .memory import is_out_of_memory, suggest_chunk
+from .output_error import OutputError
+from .targets import num_rows, repeat_target, target_leaves
 
 
 class Program:
@@ -46,8 +52,20 @@ class Program:
         self.sigmas = resolve_sigmas(compiled.estimator.sigma, compiled.sites)
         self.executor = SerialExecutor(compiled, self.sigmas)
         everything = placeholders(compiled.captured.module)
-        self._parameters = {n.meta["target"]: n.meta["trainable"] for n in everything if n.meta["role"] == Role.PARAMETER}
+        self._parameters = {
+            n.meta["target"]: (n.meta["trainable"], n.meta["val"]) for n in everything if n.meta["role"] == Role.PARAMETER
+        }
+        canonical = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._names = {name: canonical[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        results = [node for output, node in outputs(compiled.graph) if output.kind == "output"]
+        self._layouts = [node.meta.get("layout") if isinstance(node, fx.Node) else None for node in results]
         self._buffers = [n.meta["target"] for n in everything if n.meta["role"] == Role.BUFFER]
+        self.feedback: FeedbackState | None = None
+        self._output_error: OutputError | None = None
+        if compiled.estimator.feedback == "learned":
+            assert isinstance(self.loss, SampleLoss)
+            self._output_error = OutputError(self.loss)
+            self.feedback = self._initial_feedback()
 
     def step(self, inputs: Any, target: Any) -> Tensor:
         """Estimate the gradient of the mean loss on a batch and add it to every trainable parameter's ``.grad``.
@@ -70,29 +88,54 @@ class Program:
         leaves, samples = self._check_batch(inputs)
         self._check_target(target, samples)
         self._check_model()
-        environment = self._environment(leaves)
+        device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
+        environment = self._environment(leaves, device)
         try:
             with torch.no_grad():
-                result = self.executor.run(environment, self._loss(target, samples), samples)
+                given = StepInput(
+                    environment, self._loss(target, device), samples, target, self.feedback, self._output_error
+                )
+                result = self.executor.run(given)
         except Exception as error:
             if is_out_of_memory(error):
-                raise OutOfMemoryError(suggest_chunk(self.compiled, samples, environment["runtime:key"].device)) from error
+                traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
+                environment.clear()
+                raise OutOfMemoryError(suggest_chunk(self.compiled, samples, device)) from error
             raise
         self._commit(result, samples)
         return result.losses.mean()
 
     def per_sample_loss(self, output: Any, target: Any) -> Tensor:
         """The loss of an output of the model, ``(N,)``; ``()`` with ``credit="batch"``."""
-        return self.loss(output, target, _samples(target))
+        leaves = zip(pytree.tree_leaves(output), self._layouts, strict=True)
+        held = [(leaf.shape[at.dim] // at.sizes[at.dim]) for leaf, at in leaves if at is not None and at.batched]
+        return self.loss(output, target, held[0] if held else 1)
 
-    def state_dict(self) -> dict[str, int | float]:
-        """What the program needs beyond the model's own state to continue exactly."""
-        return {
+    def trust(self) -> dict[str, float]:
+        """How far each trainable parameter's predicted gradient is borne out by fresh copies, in [0, 1] (DESIGN.md 12).
+
+        1 for all without feedback. Scale a parameter's *learning rate* with it (scaling its gradient does nothing under
+        Adam): `Trainer` does; with your own loop, interpolate ``weight = before + trust * (after - before)`` around
+        ``optimizer.step()``.
+        """
+        trusted = {name: 1.0 for name, (trainable, _) in self._parameters.items() if trainable}
+        if self.feedback is not None and self.compiled.estimator.trust:
+            for gradient in self.compiled.gradients:
+                for name in gradient.site.parameters:
+                    trusted[name] = min(trusted[name], self.feedback.trust(gradient.site.index))
+        return trusted
+
+    def state_dict(self) -> dict[str, Tensor | int | float]:
+        """What the program needs beyond the model's own state to continue exactly, feedback included."""
+        state: dict[str, Tensor | int | float] = {
             "seed": self.seed,
             "step_count": self.step_count,
             "forwards": self.forwards,
             "clean_forwards": self.clean_forwards,
         }
+        if self.feedback is not None:
+            state.update(self.feedback.state_dict())
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`'s result.
@@ -105,8 +148,16 @@ class Program:
             self.step_count = int(state["step_count"])
             self.forwards = float(state["forwards"])
             self.clean_forwards = float(state["clean_forwards"])
+            if self.feedback is not None:
+                self.feedback = self.feedback.loaded(state)
         except KeyError as error:
             raise CheckpointError(f"the program's state lacks {error}") from error
+
+    def _initial_feedback(self) -> FeedbackState:
+        node = next(node for output, node in outputs(self.compiled.graph) if output.kind == "output")
+        val, layout = node.meta["val"], node.meta["layout"]
+        sites = [self.compiled.sites[index] for run in self.compiled.runs for index in run.sites]
+        return initial_state(sites, layout.elements, torch.empty(0, dtype=val.dtype, device=val.device))
 
     def _check_batch(self, inputs: Any) -> tuple[list[Any], int]:
         expected = self.compiled.captured.signature
@@ -128,32 +179,52 @@ class Program:
         return leaves, samples
 
     def _check_target(self, target: Any, samples: int) -> None:
-        for leaf in pytree.tree_leaves(target):
-            if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] != samples and self._per_sample:
-                raise BatchError(
-                    f"the target's first dimension is {leaf.shape[0]} but the batch has {samples} samples."
-                )
+        for leaf in target_leaves(target, samples):
+            rows = num_rows(leaf)
+            if rows not in (None, samples) and self._per_sample:
+                raise BatchError(f"the target's first dimension is {rows} but the batch has {samples} samples.")
 
     @property
     def _per_sample(self) -> bool:
         return self.compiled.estimator.credit == "sample"
 
     def _check_model(self) -> None:
+        modules = dict(self.model.named_modules())
         for name, training in self.compiled.captured.training.items():
-            if self.model.get_submodule(name).training != training:
+            if name not in modules:
+                raise ModeError(f"the module {name!r} was removed after the program was compiled. Compile again.")
+            if modules[name].training != training:
                 mode, wanted = ("eval", "train") if training else ("train", "eval")
                 raise ModeError(
                     f"module {name or type(self.model).__name__!r} is in {mode} mode; the program was compiled in {wanted} "
                     f"mode, which its graph holds. Call .{wanted}() on it before step, or compile again."
                 )
-        for name, trainable in self._parameters.items():
-            if self.model.get_parameter(name).requires_grad != trainable:
-                change = "frozen" if trainable else "made trainable"
-                raise ModeError(f"the parameter {name!r} was {change} after the program was compiled. Compile again.")
+        found = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, canonical in self._names.items():
+            if (change := self._change(found, name, canonical)) is not None:
+                raise ModeError(f"the parameter {name!r} {change} after the program was compiled. Compile again.")
+        for name in found.keys() - self._names.keys():
+            raise ModeError(f"the parameter {name!r} was added after the program was compiled. Compile again.")
 
-    def _environment(self, leaves: list[Any]) -> Environment:
+    def _change(self, found: dict[str, nn.Parameter], name: str, canonical: str) -> str | None:
+        """What happened to a parameter since the program was compiled."""
+        if name not in found or canonical not in found:
+            return "was removed"
+        parameter = found[name]
+        if parameter is not found[canonical]:
+            return f"was separated from {canonical!r}, to which it was tied,"
+        if canonical not in self._parameters:
+            return None
+        trainable, val = self._parameters[canonical]
+        if parameter.requires_grad != trainable:
+            return "was frozen" if trainable else "was made trainable"
+        if (parameter.shape, parameter.dtype, parameter.device) != (val.shape, val.dtype, val.device):
+            was, now = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (val, parameter))
+            return f"was changed from {was} to {now}"
+        return None
+
+    def _environment(self, leaves: list[Any], device: torch.device) -> Environment:
         environment: Environment = {}
-        device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
         for name in self._parameters:
             environment[f"parameter:{name}"] = self.model.get_parameter(name).detach()
         for name in self._buffers:
@@ -162,40 +233,48 @@ class Program:
             environment[f"constant:{name}"] = value.to(device) if isinstance(value, Tensor) else value
         for index, leaf in enumerate(leaves):
             environment[f"input:{index}"] = leaf
-        environment["runtime:key"] = torch.tensor([self.seed, self.step_count], dtype=torch.int64, device=device)
+        environment["runtime:key"] = torch.tensor([self.seed, self.step_count], dtype=torch.int64)  # read on the host
         environment["runtime:sigmas"] = torch.tensor(self.sigmas, dtype=torch.float64, device=device)
         return environment
 
-    def _loss(self, target: Any, samples: int) -> Any:
-        """``(output leaves, copies) -> (copies, N)``, or ``(copies, 1)`` with batch credit."""
+    def _loss(self, target: Any, device: torch.device) -> Any:
+        """``(output leaves, copies, samples) -> (copies, samples)``, or ``(copies, 1)`` with batch credit; of a perturbed
+        part of the batch the samples are its first."""
         spec = self.compiled.captured.out_spec
 
-        def per_sample(leaves: list[Any], copies: int) -> Tensor:
+        def per_sample(leaves: list[Any], copies: int, samples: int) -> Tensor:
             output = pytree.tree_unflatten(leaves, spec)
-            repeated = target if copies == 1 else _repeat(target, copies, samples)
-            return self.loss(output, repeated, copies * samples).reshape(copies, samples)
+            losses = self.loss(output, repeat_target(target, copies, samples), copies * samples)
+            return losses.reshape(copies, samples).to(device)
 
-        def batch(leaves: list[Any], copies: int) -> Tensor:
+        def batch(leaves: list[Any], copies: int, samples: int) -> Tensor:
             rows = [
-                pytree.tree_unflatten([_copy_of(leaf, index, copies) for leaf in leaves], spec) for index in range(copies)
+                pytree.tree_unflatten(
+                    [copy_of(leaf, layout, row, copies) for leaf, layout in zip(leaves, self._layouts, strict=True)], spec
+                )
+                for row in range(copies)
             ]
-            return torch.stack([self.loss(output, target, samples) for output in rows]).reshape(copies, 1)
+            return torch.stack([self.loss(output, target, samples) for output in rows]).reshape(copies, 1).to(device)
 
         return per_sample if self._per_sample else batch
 
     def _commit(self, result: StepResult, samples: int) -> None:
+        estimator = self.compiled.estimator
+        warming_up = self.feedback is not None and self.feedback.steps < estimator.warmup
         with torch.no_grad():
             for name, gradient in result.gradients.items():
                 parameter = self.model.get_parameter(name)
                 if parameter.grad is None:
-                    parameter.grad = gradient.to(parameter.dtype).clone(memory_format=torch.contiguous_format)
-                else:
+                    parameter.grad = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+                if not warming_up:
                     parameter.grad.add_(gradient)
             for name, value in result.buffers.items():
                 self.model.get_buffer(name).copy_(value)
+        self.feedback = result.feedback
         self.step_count += 1
         self.clean_forwards += samples
-        self.forwards += samples * self.compiled.estimator.copies * sum(run.share for run in self.compiled.runs)
+        probed = self.executor.num_probed(samples)
+        self.forwards += probed * estimator.copies * sum(run.share for run in self.compiled.runs)
 
 
 def _check_leaf(position: int, leaf: Any, described: tuple[Any, ...], samples: int | None) -> int | None:
@@ -217,24 +296,3 @@ def _check_leaf(position: int, leaf: Any, described: tuple[Any, ...], samples: i
     if samples is not None and leaf.shape[0] != samples:
         raise BatchError(f"input {position} holds {leaf.shape[0]} samples, the inputs before it {samples}.")
     return int(leaf.shape[0])
-
-
-def _samples(target: Any) -> int:
-    return next((leaf.shape[0] for leaf in pytree.tree_leaves(target) if isinstance(leaf, Tensor) and leaf.dim()), 1)
-
-
-def _repeat(target: Any, copies: int, samples: int) -> Any:
-    """`target` for every copy: tensors (and NumPy arrays and lists) of one entry a sample, tiled."""
-
-    def repeat(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == samples:
-            return leaf.repeat(copies, *[1] * (leaf.dim() - 1))
-        return leaf
-
-    if isinstance(target, list) and len(target) == samples and not any(isinstance(x, Tensor) for x in target):
-        return target * copies
-    return pytree.tree_map(repeat, target)
-
-
-def _copy_of(leaf: Any, index: int, copies: int) -> Any:
-    return leaf.chunk(copies)[index] if isinstance(leaf, Tensor) and copies > 1 else leaf

@@ -1,7 +1,7 @@
-"""What every operation's gradient has to be, declared once: the tests of the estimator are generated from these records.
+"""What every operation's gradient has to be, declared once: the estimator's tests are generated from these records.
 
-An `OperationCase` puts one operation between a trained gain and a trained head (`Sandwich`), so that in joint groups the
-activation that reaches it differs from copy to copy. Beside the module it holds, written by hand and without Onward,
+An `OperationCase` puts one operation between a trained gain and a trained head (`Sandwich`), so that in joint groups
+the activation that reaches it differs from copy to copy. Beside the module it holds, written by hand without Onward,
 
 - the forward, with `At` called where a site is: there the reference adds its noise and writes down what was captured,
 - for every site the gradient of its parameters from (captured activation, cotangent), in NumPy.
@@ -66,7 +66,9 @@ class OperationCase:
     """Allowed error of a gradient in float32, of its largest element; see `test_estimator_algebra.py`."""
     float64_tolerance: float = 1e-10
     statistics_of: str = ""
-    """The site whose gradient differentiates through batch statistics (pooled over the copies of a chunk)."""
+    """The site whose gradient goes through batch statistics: it reads the clean run, whatever the groups."""
+    batch_dims: dict[str, int] = field(default_factory=dict)
+    """The batch dimension of a site's result and capture where it is not the first."""
 
 
 class Sandwich(nn.Module):
@@ -145,9 +147,7 @@ def _patch(
     x: Array, offset: Sequence[int], out: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> Array:
     """For every output position the element of the padded `x` that the kernel's `offset` meets there."""
-    index = [
-        slice(o * d, o * d + (n - 1) * s + 1, s) for o, n, s, d in zip(offset, out, stride, dilation, strict=True)
-    ]
+    index = [slice(o * d, o * d + (n - 1) * s + 1, s) for o, n, s, d in zip(offset, out, stride, dilation, strict=True)]
     return x[(slice(None), slice(None), *index)]
 
 
@@ -210,12 +210,13 @@ class Convolution:
         image = np.pad(image, [(0, 0), (0, 0), *widths])
         n_out, n_in = signal.shape[1] // self.groups, image.shape[1] // self.groups
         weight = np.zeros((signal.shape[1], n_in, *self.kernel))
+        axes = (0, *range(2, 2 + self.dims))
         for offset in _offsets(self.kernel):
             patch = _patch(image, offset, signal.shape[2:], stride, dilation)
             for group in range(self.groups):
                 rows = slice(group * n_out, (group + 1) * n_out)
                 columns = slice(group * n_in, (group + 1) * n_in)
-                weight[(rows, slice(None), *offset)] = np.einsum("no...,ni...->oi", signal[:, rows], patch[:, columns])
+                weight[(rows, slice(None), *offset)] = np.tensordot(signal[:, rows], patch[:, columns], (axes, axes))
         return {name: weight}
 
 
@@ -348,6 +349,17 @@ class Cells(nn.Module):
         return state[0] if isinstance(state, tuple) else state
 
 
+class SquareBilinear(nn.Module):
+    """Two activations multiplied: their captures must not be encoded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Bilinear(3, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x.square())
+
+
 # --- forwards and gradients by hand -----------------------------------------------------------------------------------
 
 
@@ -387,7 +399,7 @@ def _batch_norm(p: Parameters, x: Tensor, at: At) -> Tensor:
 
 
 def _batch_norm_evaluated(p: Parameters, x: Tensor, at: At) -> Tensor:
-    normalized = _normalized(x, torch.zeros(()), torch.ones(()))
+    normalized = _normalized(x, x.new_zeros(()), x.new_ones(()))
     z = normalized * _channels(p["op.weight"], x) + _channels(p["op.bias"], x)
     return at("op", z, normalized, encoded=False)
 
@@ -450,97 +462,113 @@ def _weight_norm_gradient(x: Array, g: Array, p: dict[str, Array]) -> Gradients:
     }
 
 
-def _rnn(p: Parameters, x: Tensor, at: At) -> Tensor:
-    sequence = x.transpose(0, 1)
-    gates = at("op.layer", sequence @ p["op.layer.weight_ih_l0"].T + p["op.layer.bias_ih_l0"], sequence, dim=1)
-    weight, bias = p["op.layer.weight_hh_l0"], p["op.layer.bias_hh_l0"]
-    # the first state is zero, so that the recurrent product is an expression of parameters alone
-    first = at("op.layer@2", gates[:1] + bias, torch.zeros_like(gates[:1]), encoded=False, dim=1)
-    states = [torch.tanh(first)]
-    recurrent = at("op.layer@3", states[0] @ weight.T + bias, states[0], dim=1)
-    states.append(torch.tanh(gates[1:] + recurrent))
-    return torch.cat(states).transpose(0, 1)
+@dataclass
+class Recurrence:
+    """A recurrent layer (its inputs projected at once, time first) or its cells called one by one, from a zero state.
+
+    At the first step the recurrent product is of parameters alone, so that it is no site of its own.
+    """
+
+    kind: str
+    module: str
+    layer: bool
+
+    @property
+    def suffix(self) -> str:
+        return "_l0" if self.layer else ""
+
+    @property
+    def gates(self) -> int:
+        return {"rnn": 1, "lstm": 4, "gru": 3}[self.kind]
+
+    def forward(self, p: Parameters, x: Tensor, at: At) -> Tensor:
+        names = iter(self.gradients())
+        w_ih, w_hh, b_ih, b_hh = (
+            p[f"{self.module}.{part}{self.suffix}"] for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        )
+        dim = 1 if self.layer else 0
+        if self.layer:
+            sequence = x.transpose(0, 1)
+            projected = at(next(names), sequence @ w_ih.T + b_ih, sequence, dim=1).split(1)
+        state = cell = x.new_zeros((1,) * dim + (x.shape[0], 3))
+        states = []
+        for step in range(2):
+            z = projected[step] if self.layer else at(next(names), x[:, step] @ w_ih.T + b_ih, x[:, step])
+            if step == 0:
+                z, z_h = self._first(z, b_hh, at, names, dim)
+            else:
+                z_h = at(next(names), state @ w_hh.T + b_hh, state, dim=dim)
+            state, cell = self._step(z, z_h, state, cell)
+            states.append(state)
+        return torch.cat(states).transpose(0, 1) if self.layer else state
+
+    def _first(self, z: Tensor, bias: Tensor, at: At, names: Iterator[str], dim: int) -> tuple[Tensor, Tensor]:
+        """The two summands of the first step's gates, the noise of what reads the recurrent parameters in the first."""
+        nothing = torch.zeros_like(z)
+        if self.kind != "gru":
+            return at(next(names), z + bias, nothing, encoded=False, dim=dim), nothing
+        parts = [one + b for one, b in zip(z.chunk(3, -1), bias.chunk(3), strict=True)]
+        for gate in (0, 1) if self.layer else (1, 0):
+            parts[gate] = at(next(names), parts[gate], torch.zeros_like(parts[gate]), encoded=False, dim=dim)
+        reset = parts[0].sigmoid()
+        hidden = at(next(names), reset * bias.chunk(3)[2], reset, dim=dim)
+        parts[2] = z.chunk(3, -1)[2]
+        empty = torch.zeros_like(hidden)
+        return torch.cat(parts, -1), torch.cat([empty, empty, hidden / reset], -1)
+
+    def _step(self, z: Tensor, z_h: Tensor, state: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kind == "rnn":
+            return torch.tanh(z + z_h), cell
+        if self.kind == "lstm":
+            i, f, g, o = (z + z_h).chunk(4, -1)
+            cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+            return o.sigmoid() * cell.tanh(), cell
+        (r, u, n), (r_h, u_h, n_h) = z.chunk(3, -1), z_h.chunk(3, -1)
+        update = (u + u_h).sigmoid()
+        return (1 - update) * (n + (r + r_h).sigmoid() * n_h).tanh() + update * state, cell
+
+    def gradients(self) -> dict[str, SiteGradient]:
+        project = linear_gradient(self.module, f"weight_ih{self.suffix}", f"bias_ih{self.suffix}")
+        recur = linear_gradient(self.module, f"weight_hh{self.suffix}", f"bias_hh{self.suffix}")
+        order = (None,) if self.kind != "gru" else (0, 1, 2) if self.layer else (1, 0, 2)
+        formulas = [project, *(self._hidden_bias(position) for position in order)]
+        formulas += [recur] if self.layer else [project, recur]
+        return {self.module if n == 1 else f"{self.module}@{n}": one for n, one in enumerate(formulas, 1)}
+
+    def _hidden_bias(self, gate: int | None) -> SiteGradient:
+        """The first step: the zero state leaves the weight no gradient; of the bias one gate's part has one, or all."""
+
+        def gradient(x: Array, g: Array, p: dict[str, Array]) -> Gradients:
+            bias = np.zeros(3 * self.gates)
+            used = slice(None) if gate is None else slice(3 * gate, 3 * gate + 3)
+            bias[used] = (g * x if gate == 2 else g).reshape(-1, g.shape[-1]).sum(0)
+            return {
+                f"{self.module}.bias_hh{self.suffix}": bias,
+                f"{self.module}.weight_hh{self.suffix}": np.zeros((3 * self.gates, 3)),
+            }
+
+        return gradient
 
 
-def _lstm(p: Parameters, x: Tensor, at: At) -> Tensor:
-    sequence = x.transpose(0, 1)
-    projected = at("op.layer", sequence @ p["op.layer.weight_ih_l0"].T + p["op.layer.bias_ih_l0"], sequence, dim=1)
-    weight, bias = p["op.layer.weight_hh_l0"], p["op.layer.bias_hh_l0"]
-    zero = torch.zeros_like(projected[:1])
-    state = cell = torch.zeros_like(projected[:1, :, :3])
-    states = []
-    for step, site in enumerate(("op.layer@2", "op.layer@3")):
-        if step == 0:
-            gates = at(site, projected[:1] + bias, zero, encoded=False, dim=1)
-        else:
-            gates = projected[1:] + at(site, state @ weight.T + bias, state, dim=1)
-        i, f, g, o = gates.chunk(4, 2)
-        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
-        state = o.sigmoid() * cell.tanh()
-        states.append(state)
-    return torch.cat(states).transpose(0, 1)
+def _recurrent_case(kind: str, layer: bool) -> OperationCase:
+    modules = {"rnn": (nn.RNN, nn.RNNCell), "lstm": (nn.LSTM, nn.LSTMCell), "gru": (nn.GRU, nn.GRUCell)}
+    recurrence = Recurrence(kind, "op.layer" if layer else "op.cell", layer)
+    wrapped: Any = Recurrent if layer else Cells
+    return OperationCase(
+        kind if layer else f"{kind}_cell",
+        lambda: wrapped(modules[kind][0 if layer else 1]),
+        floats(2, 2),
+        recurrence.forward,
+        recurrence.gradients(),
+        batch_dims=dict.fromkeys(recurrence.gradients(), 1) if layer else {},
+    )
 
 
-def _gru(p: Parameters, x: Tensor, at: At) -> Tensor:
-    sequence = x.transpose(0, 1)
-    projected = at("op.layer", sequence @ p["op.layer.weight_ih_l0"].T + p["op.layer.bias_ih_l0"], sequence, dim=1)
-    weight, bias = p["op.layer.weight_hh_l0"], p["op.layer.bias_hh_l0"]
-    # first step from the zero state: the gates' parameters are biases alone
-    r_bias, z_bias, n_bias = bias.chunk(3)
-    r_in, z_in, n_in = projected[:1].chunk(3, 2)
-    nothing = torch.zeros_like(r_in)
-    r = at("op.layer@2", r_in + r_bias, nothing, encoded=False, dim=1).sigmoid()
-    z = at("op.layer@3", z_in + z_bias, nothing, encoded=False, dim=1).sigmoid()
-    n = (n_in + at("op.layer@4", r * n_bias, r, dim=1)).tanh()
-    first = (1 - z) * n
-    recurrent = at("op.layer@5", first @ weight.T + bias, first, dim=1)
-    (r_in, z_in, n_in), (r_h, z_h, n_h) = projected[1:].chunk(3, 2), recurrent.chunk(3, 2)
-    r, z = (r_in + r_h).sigmoid(), (z_in + z_h).sigmoid()
-    second = (n_in + r * n_h).tanh() * (1 - z) + first * z
-    return torch.cat([first, second]).transpose(0, 1)
-
-
-def _hidden_bias(position: int | None, gates: int) -> SiteGradient:
-    """A first step's gradient: the zero state leaves the weight none; of the bias the chunk at `position`, or all."""
-
-    def gradient(x: Array, g: Array, p: dict[str, Array]) -> Gradients:
-        used = (g * x if x.any() else g).sum((0, 1))
-        bias = np.zeros(3 * gates)
-        bias[slice(None) if position is None else slice(3 * position, 3 * position + 3)] = used
-        return {"op.layer.bias_hh_l0": bias, "op.layer.weight_hh_l0": np.zeros((3 * gates, 3))}
-
-    return gradient
-
-
-def _recurrent_gradients(**first: SiteGradient) -> dict[str, SiteGradient]:
-    names = ["op.layer", *(f"op.layer@{number}" for number in range(2, 3 + len(first)))]
-    recurrent = linear_gradient("op.layer", "weight_hh_l0", "bias_hh_l0")
-    formulas = [linear_gradient("op.layer", "weight_ih_l0", "bias_ih_l0"), *first.values(), recurrent]
-    return dict(zip(names, formulas, strict=True))
-
-
-def _rnn_cells(p: Parameters, x: Tensor, at: At) -> Tensor:
-    state = torch.zeros(x.shape[0], 3, dtype=x.dtype)
-    for step in range(2):
-        both = torch.cat([x[:, step], state], 1)
-        weight = torch.cat([p["op.cell.weight_ih"], p["op.cell.weight_hh"]], 1)
-        z = torch.tanh(both @ weight.T + p["op.cell.bias_ih"] + p["op.cell.bias_hh"])
-        state = at("op.cell" if step == 0 else "op.cell@2", z, both, encoded=False)
-    return state
-
-
-def _rnn_cell_gradient(x: Array, g: Array, p: dict[str, Array]) -> Gradients:
-    """The site is the cell with its tanh: the derivative of the clean or the copy's own state."""
-    weight = np.concatenate([p["op.cell.weight_ih"], p["op.cell.weight_hh"]], 1)
-    state = np.tanh(x @ weight.T + p["op.cell.bias_ih"] + p["op.cell.bias_hh"])
-    inner = g * (1 - state**2)
-    total = inner.T @ x
-    return {
-        "op.cell.weight_ih": total[:, :2],
-        "op.cell.weight_hh": total[:, 2:],
-        "op.cell.bias_ih": inner.sum(0),
-        "op.cell.bias_hh": inner.sum(0),
-    }
+def _bilinear(p: Parameters, x: Tensor, at: At) -> Tensor:
+    squared = x.square()
+    product = torch.einsum("ni,oij,nj->no", x, p["op.layer.weight"], squared)
+    product = at("op.layer", product, torch.cat([x, squared], 1), encoded=False)
+    return at("op.layer@2", product + p["op.layer.bias"], torch.zeros_like(product), encoded=False)
 
 
 CASES = [
@@ -553,9 +581,7 @@ CASES = [
         {"op": linear_gradient("op", bias=None)},
     ),
     OperationCase("linear_on_tokens", lambda: nn.Linear(3, 2), floats(4, 3), _linear, {"op": linear_gradient("op")}),
-    _convolution_case(
-        "conv1d", (7,), Convolution(1, 2, 4, (3,), stride=(2,), padding=(2,), dilation=(2,), groups=2)
-    ),
+    _convolution_case("conv1d", (7,), Convolution(1, 2, 4, (3,), stride=(2,), padding=(2,), dilation=(2,), groups=2)),
     _convolution_case("conv1d_same", (5,), Convolution(1, 2, 3, (3,), padding=(1,), options={"padding": "same"})),
     _convolution_case("conv2d", (4, 5), Convolution(2, 2, 3, (3, 2), bias=False)),
     _convolution_case("conv2d_stride", (5, 6), Convolution(2, 2, 3, (3, 2), stride=(2, 3), padding=(1, 0))),
@@ -572,10 +598,18 @@ CASES = [
         "conv_transpose2d",
         (3, 2),
         Convolution(
-            2, 4, 4, (2, 3), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2, output_padding=(1, 0),
+            2,
+            4,
+            4,
+            (2, 3),
+            stride=(2, 1),
+            padding=(1, 0),
+            dilation=(1, 2),
+            groups=2,
+            output_padding=(1, 0),
             transposed=True,
         ),
-    ),  # fmt: skip
+    ),
     OperationCase(
         "embedding",
         lambda: nn.Embedding(7, 3, padding_idx=2),
@@ -667,25 +701,16 @@ CASES = [
     ),
     OperationCase("weight_norm", WeightNorm, floats(3), _weight_norm, {"op:linear": _weight_norm_gradient}),
     OperationCase(
-        "rnn", lambda: Recurrent(nn.RNN), floats(2, 2), _rnn, _recurrent_gradients(first=_hidden_bias(None, 1))
+        "bilinear",
+        SquareBilinear,
+        floats(3),
+        _bilinear,
+        {
+            "op.layer": lambda x, g, p: {"op.layer.weight": np.einsum("no,ni,nj->oij", g, x[:, :3], x[:, 3:])},
+            "op.layer@2": lambda x, g, p: {"op.layer.bias": g.sum(0)},
+        },
     ),
-    OperationCase(
-        "lstm", lambda: Recurrent(nn.LSTM), floats(2, 2), _lstm, _recurrent_gradients(first=_hidden_bias(None, 4))
-    ),
-    OperationCase(
-        "gru",
-        lambda: Recurrent(nn.GRU),
-        floats(2, 2),
-        _gru,
-        _recurrent_gradients(r=_hidden_bias(0, 3), z=_hidden_bias(1, 3), n=_hidden_bias(2, 3)),
-    ),
-    OperationCase(
-        "rnn_cell",
-        lambda: Cells(nn.RNNCell),
-        floats(2, 2),
-        _rnn_cells,
-        {"op.cell": _rnn_cell_gradient, "op.cell@2": _rnn_cell_gradient},
-    ),
+    *(_recurrent_case(kind, layer) for layer in (True, False) for kind in ("rnn", "lstm", "gru")),
 ]
 """Every operation, as the issue lists them."""
 

@@ -1,37 +1,31 @@
 """Exact algebra under fixed noise: a step's gradients are DESIGN equation (1), whatever the setting.
 
-The noise of a step is made again by the public operator, the model is run by hand in eager torch for one copy after the
-other, and the estimate is put together in NumPy from the records of `estimator_cases`. No statistics: in float64 the two
-agree to rounding.
+The noise of a step is made again by the public operator, the model is run by hand in eager torch for one copy after
+the other, and the estimate is put together in NumPy from the records of `estimator_cases`. No statistics: in float64
+the two agree to rounding.
 
-**Tolerances.** Errors are measured against the largest element of a gradient. In float64 1e-10 is 10^5 roundings. In
-float32 a loss, about 1, is rounded by 6e-8 and its difference is divided by 2σ = 1; the estimate of a few copies is of the
-order of 0.1 to 1, so that some ten roundings along the forward make about 1e-5 of it.
+**Tolerances.** Errors are measured against the largest element of a gradient. In float64 1e-10 is 10^6 roundings. In
+float32 a loss of about 1 is rounded by 6e-8 at each of some ten operations and its differences are divided by 2σ = 1;
+gradients are of the order 0.1 to 1 after averaging over the copies: 2e-5 of the largest element.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import itertools
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-
-import onward
-from onward import LikelihoodRatio
-from onward.passes import ops
-from onward.passes.graph import Role, outputs, placeholders
-from onward.runtime.program import Program
-
 from estimator_cases import (
     CASES,
     Array,
     Gradients,
     OperationCase,
-    Parameters,
     SiteGradient,
     batch,
     build_model,
@@ -39,6 +33,17 @@ from estimator_cases import (
     score,
     site_gradients,
 )
+from torch import Tensor, fx, nn
+
+import onward
+from onward import LikelihoodRatio
+from onward.compiler import driver
+from onward.compiler.capture import CapturedModel, capture
+from onward.passes import ops
+from onward.passes.find_sites import Site, sites
+from onward.passes.graph import Role, placeholders
+from onward.passes.trace_gradients import trace_gradients
+from onward.runtime.program import Program
 
 SEED, STEP, SAMPLES, COPIES = 11, 3, 3, 6
 SIGMAS = {"op*": 0.4, "*": 0.5}
@@ -53,8 +58,10 @@ COMPILED: dict[str, tuple[str, str, str, str]] = {
     "layerwise-stochastic": ("layerwise", "stochastic", "rademacher", "sign"),
 }
 """What a program is compiled for: groups, capture, noise, score."""
-RUN = list(itertools.product((True, False), (None, 2, 4), ("sample", "batch")))
+ALL_RUNS = list(itertools.product((True, False), (None, 2, 4), ("sample", "batch")))
 """What the same graphs are then run with: antithetic, chunk, credit."""
+RUNS = [ALL_RUNS[number] for number in (0, 3, 4, 7, 8, 11)]
+"""Every pair of values, for the many cases."""
 
 
 def sample_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -152,24 +159,25 @@ def estimate(case: OperationCase, model: nn.Module, x: Tensor, target: Tensor, e
     baseline = loss(forward(case, parameters, x, clean), target)
     groups = [tuple(names)] if estimator.groups == "joint" else [(name,) for name in names]
     draws = range(estimator.draws)
-    copies = [d for draw in draws for d in ((draw, ~draw) if estimator.antithetic else (draw,))]
+    identities = [d for draw in draws for d in ((draw, ~draw) if estimator.antithetic else (draw,))]
     total = {name: np.zeros(tuple(value.shape)) for name, value in parameters.items()}
     for group in groups:
         runs, losses = [], []
-        for copy in copies:
-            hand = Hand(names, group, copy, estimator)
+        for identity in identities:
+            hand = Hand(names, group, identity, estimator)
             hand.statistics = dict(clean.statistics)
             losses.append(loss(forward(case, parameters, x, hand), target))
             runs.append(hand)
         for site in group:
             sigma = SIGMAS["op*"] if site.startswith("op") else SIGMAS["*"]
-            first = site == group[0]  # nothing before it is perturbed: one capture, of the clean run
+            # nothing before the first is perturbed: one capture, of the clean run, also of its stochastic encoding
+            shared = site in (group[0], case.statistics_of)
             terms = []
             for hand, value in zip(runs, losses, strict=True):
                 credit = (value - baseline).double().numpy() / sigma / (1 if value.dim() == 0 else SAMPLES)
                 scored = score(estimator.noise, estimator.score, hand.records[site].noise.double().numpy())
-                terms.append((clean if first else hand, credit, scored))
-            _add(total, formulas[site], site, terms, arrays, case, estimator)
+                terms.append((clean if shared else hand, credit, scored))
+            _add(total, formulas[site], site, terms, arrays, case)
     return total
 
 
@@ -180,22 +188,12 @@ def _add(
     terms: list[tuple[Hand, Array, Array]],
     arrays: dict[str, Array],
     case: OperationCase,
-    estimator: LikelihoodRatio,
 ) -> None:
     """Add the mean over the copies of one site's gradients."""
-    cotangents = [_credited(credit, scored, _batch_dim(case, site)) / len(terms) for _, credit, scored in terms]
-    captured = [hand.records[site].captured for hand, _, _ in terms]
-    if site == case.statistics_of:  # batch statistics in a local vjp are those of the chunk's copies together
-        size = estimator.chunk or estimator.copies
-        captured = [np.concatenate(captured[i : i + size]) for i in range(0, len(terms), size)]
-        cotangents = [np.concatenate(cotangents[i : i + size]) for i in range(0, len(terms), size)]
-    for read, cotangent in zip(captured, cotangents, strict=True):
-        for name, value in formula(read, cotangent, arrays).items():
+    cotangents = [_credited(credit, scored, case.batch_dims.get(site, 0)) / len(terms) for _, credit, scored in terms]
+    for (hand, _, _), cotangent in zip(terms, cotangents, strict=True):
+        for name, value in formula(hand.records[site].captured, cotangent, arrays).items():
             total[name] = total[name] + value
-
-
-def _batch_dim(case: OperationCase, site: str) -> int:
-    return 1 if site.startswith("op.layer") else 0
 
 
 def _credited(credit: Array, scored: Array, dim: int) -> Array:
@@ -214,37 +212,301 @@ def assert_close(found: Gradients, expected: Gradients, tolerance: float, what: 
 # --- equation (1) -----------------------------------------------------------------------------------------------------
 
 
-def compile_case(case: OperationCase, setting: str, dtype: torch.dtype) -> Program:
+@functools.cache
+def captured_case(name: str, dtype: torch.dtype) -> tuple[nn.Module, CapturedModel]:
+    """The export takes most of a compilation's time, and no setting changes it."""
+    model = build_model(BY_NAME[name], dtype)
+    return model, capture(model, (batch(BY_NAME[name], SAMPLES, dtype)[0],))
+
+
+@functools.cache
+def compile_case(name: str, setting: str, dtype: torch.dtype = torch.float64) -> Program:
+    case = BY_NAME[name]
     groups, capture, noise, scoring = COMPILED[setting]
     estimator = LikelihoodRatio(
         groups=groups, capture=capture, noise=noise, score=scoring, copies=COPIES, sigma=dict(SIGMAS)
     )
-    model = build_model(case, dtype)
-    return onward.compile(model, (batch(case, SAMPLES, dtype)[0],), loss=sample_loss, estimator=estimator, seed=SEED)
+    model, captured = captured_case(name, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "capture", lambda *_: captured)
+        x = batch(case, SAMPLES, dtype)[0]
+        return onward.compile(model, (x,), loss=sample_loss, estimator=estimator, seed=SEED)
 
 
-def settings_of(position: int, case: OperationCase) -> list[str]:
-    """All settings for the two commonest operations; for the others both groupings exact, and one encoded in turn."""
-    if case.statistics_of:
-        return ["joint-exact", "layerwise-exact"]
-    if case.name in ("linear", "conv2d_stride"):
+FULL = ("linear", "conv2d_stride")
+"""Cases that are tested with every setting; the others with one exact and one encoded."""
+EXACT_ONLY = (
+    *("embedding", "batch_norm_evaluated", "bias_add", "positional", "bilinear"),  # nothing of theirs is ever encoded
+    *("rnn", "gru", "rnn_cell", "gru_cell", "lstm_cell"),  # made of sites that the LSTM layer has too
+)
+
+
+def exact_setting(name: str) -> str:
+    return "layerwise-exact" if [case.name for case in CASES].index(name) % 3 == 0 else "joint-exact"
+
+
+def settings_of(case: OperationCase) -> list[str]:
+    if case.name in FULL:
         return list(COMPILED)
-    encoded = [name for name in COMPILED if "exact" not in name]
-    exact = "joint-exact" if position % 3 else "layerwise-exact"
-    return [exact, encoded[position % len(encoded)]]
+    if case.statistics_of:  # with encoded captures the two are separate sites
+        return ["joint-exact", "layerwise-exact"]
+    encoded = [setting for setting in COMPILED if "exact" not in setting]
+    turn = encoded[CASES.index(case) % len(encoded)]
+    return [exact_setting(case.name)] + ([] if case.name in EXACT_ONLY else [turn])
 
 
-GRID = [(case.name, setting) for position, case in enumerate(CASES) for setting in settings_of(position, case)]
-
-
-@pytest.mark.parametrize(("name", "setting"), GRID)
-def test_step_is_equation_1(name: str, setting: str) -> None:
-    case = BY_NAME[name]
-    program = compile_case(case, setting, torch.float64)
-    assert [site.name for site in program.compiled.sites] == list(site_gradients(case))
-    x, target = batch(case, SAMPLES)
-    for antithetic, chunk, credit in RUN:
+def check_equation_1(program: Program, case: OperationCase, runs: list[tuple[bool, int | None, str]]) -> None:
+    dtype = next(program.model.parameters()).dtype
+    tolerance = case.float64_tolerance if dtype == torch.float64 else case.float32_tolerance
+    x, target = batch(case, SAMPLES, dtype)
+    for antithetic, chunk, credit in runs:
         run = with_settings(program, antithetic=antithetic, chunk=chunk, credit=credit)
         expected = estimate(case, program.model, x, target, run.compiled.estimator)
         what = f"antithetic={antithetic}, chunk={chunk}, credit={credit}"
-        assert_close(gradients_of(run, x, target), expected, case.float64_tolerance, what)
+        assert_close(gradients_of(run, x, target), expected, tolerance, what)
+
+
+def test_the_runs_hold_every_pair_of_values() -> None:
+    for first, second in itertools.combinations(range(3), 2):
+        assert {(run[first], run[second]) for run in RUNS} == {(run[first], run[second]) for run in ALL_RUNS}
+
+
+@pytest.mark.parametrize(("name", "setting"), [(case.name, setting) for case in CASES for setting in settings_of(case)])
+def test_step_is_equation_1(name: str, setting: str) -> None:
+    program = compile_case(name, setting)
+    assert [site.name for site in program.compiled.sites] == list(site_gradients(BY_NAME[name]))
+    check_equation_1(program, BY_NAME[name], ALL_RUNS if name in FULL else RUNS)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d_groups", "conv_transpose2d", "embedding", "batch_norm", "lstm"])
+def test_step_is_equation_1_in_single_precision(name: str) -> None:
+    check_equation_1(compile_case(name, "joint-exact", torch.float32), BY_NAME[name], RUNS)
+
+
+def test_another_batch_size_than_the_examples() -> None:
+    """The compiled graphs hold no trace of the example's batch size."""
+    case = BY_NAME["convolution_and_batch_norm"]
+    program = compile_case(case.name, exact_setting(case.name))
+    x, target = batch(case, 5)
+    expected = gradients_of(with_settings(program, chunk=None), x, target)
+    assert_close(gradients_of(with_settings(program, chunk=2), x, target), expected, 1e-12, "chunk=2")
+
+
+# --- the local vjp ----------------------------------------------------------------------------------------------------
+
+
+class Recorder(fx.Interpreter):
+    """Runs a graph and keeps every node's value."""
+
+    def __init__(self, module: fx.GraphModule, program: Program, x: Tensor) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.run(*[self._bound(node, program, x) for node in placeholders(module)])
+
+    @staticmethod
+    def _bound(node: fx.Node, program: Program, x: Tensor) -> Any:
+        role, target = node.meta["role"], node.meta["target"]
+        if role == Role.PARAMETER:
+            return program.model.get_parameter(target).detach()
+        if role == Role.BUFFER:
+            return program.model.get_buffer(target).clone()
+        return x if role == Role.INPUT else program.compiled.captured.constants[target]
+
+
+def autograd_vjp(module: fx.GraphModule, site: Site, values: dict[fx.Node, Any], cotangent: Tensor) -> list[Tensor]:
+    """Autograd's gradient of the site's region, run again on recorded operands."""
+    nodes = {node.name: node for node in module.graph.nodes}
+    leaves: dict[str, Tensor] = {}
+    found = dict(values)
+    for name in site.region:
+        node = nodes[name]
+        if node.op == "placeholder":
+            leaves[node.meta["target"]] = found[node] = values[node].detach().clone().requires_grad_()
+        else:
+            arguments = fx.map_arg((node.args, node.kwargs), found.__getitem__)
+            found[node] = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+    gradients = torch.autograd.grad(
+        found[nodes[site.output]], [leaves[target] for target in site.parameters], cotangent, allow_unused=True
+    )
+    return [
+        torch.zeros_like(leaves[target]) if gradient is None else gradient
+        for target, gradient in zip(site.parameters, gradients, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_the_gradient_subgraph_is_autograds_local_vjp(name: str) -> None:
+    """For every site of every case, with a random cotangent, at another batch size than the example's."""
+    program = compile_case(name, exact_setting(name))
+    module = next(record.module for record in program.compiled.history if record.name == "find_sites")
+    x, _ = batch(BY_NAME[name], SAMPLES + 2)
+    with torch.no_grad():
+        values = Recorder(module, program, x).env
+    nodes = {node.name: node for node in module.graph.nodes}
+    generator = torch.Generator().manual_seed(2)
+    for site in sites(module):
+        vjp = trace_gradients(module, capture="exact")[site.index]
+        output = values[nodes[site.output]]
+        cotangent = torch.randn(output.shape, generator=generator, dtype=output.dtype)
+        given = {"cotangent": cotangent} | {node.name: value for node, value in values.items()}
+        # x̂, which a normalisation by batch statistics reads in place of its input
+        arguments = [given[node.name] for node in placeholders(vjp)]
+        if any(node.meta["target"] == site.output for node in placeholders(vjp, Role.VALUE)):
+            gamma, beta = (program.model.get_parameter(f"op.{part}").detach() for part in ("weight", "bias"))
+            shape = (1, -1, *(1,) * (output.dim() - 2))
+            normalized = (output - beta.reshape(shape)) / gamma.reshape(shape)
+            arguments = [
+                normalized if node.meta["target"] == site.output else given[node.name] for node in placeholders(vjp)
+            ]
+        found = vjp(*arguments)
+        for target, one, expected in zip(
+            site.parameters, found, autograd_vjp(module, site, values, cotangent), strict=True
+        ):
+            torch.testing.assert_close(one, expected, rtol=1e-11, atol=1e-12, msg=lambda m, t=target: f"{t}: {m}")
+
+
+# --- batch normalisation and dropout ----------------------------------------------------------------------------------
+
+
+NO_SIGMA = 1e-300
+"""Valid, and added to anything it changes nothing."""
+
+
+class Recording:
+    """A loss that keeps the outputs it is given: of the clean run ``(N, …)``, and of all copies ``(K, N, …)``."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Tensor] = []
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        self.outputs.append(output.detach().clone())
+        return output.flatten(1).sum(1)
+
+    def step(self, program: Program, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.outputs.clear()
+        program.step(x, torch.zeros(x.shape[0]))
+        clean, *chunks = self.outputs
+        return clean, torch.cat([chunk.unflatten(0, (-1, x.shape[0])) for chunk in chunks])
+
+
+class ConvNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.conv(x))).flatten(1))
+
+
+def compiled_norm(loss: Any = None, **settings: Any) -> tuple[Program, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = ConvNorm().double()
+        with torch.no_grad():
+            model.norm.weight.add_(0.3 * torch.randn(3))
+    x = torch.randn(6, 1, 4, 4, generator=generator, dtype=torch.float64)
+    target = torch.randn(6, 2, generator=generator, dtype=torch.float64)
+    estimator = LikelihoodRatio(**settings)
+    return onward.compile(model, (x,), loss=loss or quadratic, estimator=estimator, seed=5), x, target
+
+
+def quadratic(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().sum(1)
+
+
+def test_running_statistics_move_once_a_step_as_in_one_forward() -> None:
+    program, x, target = compiled_norm(copies=8, chunk=2, groups="layerwise")
+    eager = copy.deepcopy(program.model)
+    for steps in (1, 2):
+        program.step(x, target)
+        with torch.no_grad():
+            eager(x)
+        for name, buffer in program.model.named_buffers():
+            torch.testing.assert_close(buffer, eager.get_buffer(name), rtol=1e-12, atol=1e-14)
+        assert int(program.model.get_buffer("norm.num_batches_tracked")) == steps
+
+
+def test_copies_see_the_clean_runs_batch_statistics() -> None:
+    """Without noise a copy is the clean run, to rounding; with noise a copy is the same whatever stands beside it."""
+    recording = Recording()
+    program, x, _ = compiled_norm(recording, copies=6, groups="joint", sigma=NO_SIGMA)
+    clean, copies = recording.step(program, x)
+    torch.testing.assert_close(copies, clean.expand_as(copies), rtol=1e-12, atol=1e-13)
+    together, apart = (
+        recording.step(compiled_norm(recording, copies=6, groups="joint", sigma=0.7, chunk=chunk)[0], x)[1]
+        for chunk in (None, 2)
+    )
+    order = [position for draw in range(3) for position in (draw, draw + 3)]  # pairs instead of halves
+    torch.testing.assert_close(apart, together[order], rtol=1e-12, atol=1e-13)
+
+
+def test_the_chunk_changes_no_gradient_of_a_joint_group_with_batch_statistics() -> None:
+    """A gradient through batch statistics reads the clean run: copies side by side never meet in them."""
+    found = []
+    for chunk in (None, 2):
+        program, x, target = compiled_norm(copies=6, groups="joint", sigma=0.5, chunk=chunk)
+        found.append(gradients_of(program, x, target))
+    assert_close(found[0], found[1], 1e-11, "chunk=2")
+
+
+def test_the_joined_site_converges_to_autograd() -> None:
+    """A convolution under batch normalisation in training mode: its gradient goes through the statistics.
+
+    The relative error of a direction from K pairs at a site of d coordinates a sample is about sqrt(d / K), here
+    sqrt(12 / 2048) = 0.08, so that cosines are about 1 - 0.08² / 2 = 0.997 or more (the mean over samples helps).
+    """
+    program, x, target = compiled_norm(copies=4096, groups="layerwise", sigma=0.01)
+    found = gradients_of(program, x, target)
+    program.model.zero_grad()
+    quadratic(program.model(x), target).mean().backward()
+    for name, parameter in program.model.named_parameters():
+        assert parameter.grad is not None
+        exact = parameter.grad.numpy()
+        if name == "conv.bias":  # normalisation takes the mean out again: no gradient at all
+            assert np.abs(exact).max() < 1e-12
+            assert np.abs(found[name]).max() < 1e-12
+            continue
+        cosine = (found[name] * exact).sum() / np.linalg.norm(found[name]) / np.linalg.norm(exact)
+        assert cosine > 0.99, name
+
+
+class Dropped(nn.Module):
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.first, self.drop, self.second = nn.Linear(4, 50), nn.Dropout(p), nn.Linear(50, 50)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.drop(self.first(x)))
+
+
+@pytest.mark.parametrize("groups", ["joint", "layerwise"])
+def test_copies_share_the_dropout_mask(groups: str) -> None:
+    """Without noise every copy is the clean run, bit for bit; and the next step has another mask."""
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(6))
+    estimator = LikelihoodRatio(copies=4, groups=groups, chunk=2, sigma=NO_SIGMA)
+    recording = Recording()
+    program = onward.compile(Dropped(0.4), (x,), loss=recording, estimator=estimator, seed=7)
+    clean, copies = recording.step(program, x)
+    assert torch.equal(copies, clean.expand_as(copies))
+    another, _ = recording.step(program, x)
+    assert not torch.equal(clean, another)
+
+
+def test_dropout_keeps_its_probability() -> None:
+    """50,000 masks of p = 0.4: z-score below 5 (one false alarm in 1.7 million, and the seed is fixed). A probability
+    off by 0.02 would give a z-score of 9."""
+    x = torch.ones(1000, 4)
+    model = Dropped(0.4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.first.bias.fill_(1.0)
+        model.second.weight.copy_(torch.eye(50))
+    recording = Recording()
+    program = onward.compile(model, (x[:3],), loss=recording, estimator=LikelihoodRatio(copies=2), seed=8)
+    clean, _ = recording.step(program, x)
+    kept = clean != 0
+    torch.testing.assert_close(clean[kept], torch.full_like(clean[kept], 1 / 0.6))
+    deviation = math.sqrt(0.4 * 0.6 / kept.numel())
+    assert abs(float(kept.double().mean()) - 0.6) < 5 * deviation

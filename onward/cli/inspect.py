@@ -1,0 +1,155 @@
+"""``onward inspect``: what the compiler makes of a model, or why it makes nothing of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.text import Text
+from typer import Argument, Option
+
+from ..compiler import report
+from ..compiler.draw import to_dot, to_svg
+from ..compiler.driver import compile_model
+from ..compiler.program import CompiledModel
+from ..passes.errors import (
+    BatchError,
+    CaptureError,
+    OptionError,
+    UnreachedParameterError,
+    UnsupportedModelError,
+    unknown_name,
+)
+from ..passes.locate_samples import batch_symbol
+from ..runtime.plan import format_plan, make_plan
+from .common import check_writable, set_up, to_json, write_whole
+from .options import MODEL_HELP, Common, with_common
+
+FORMATS = ("text", "python", "dot", "svg", "json")
+
+
+@with_common
+def inspect(
+    common: Common,
+    model: Annotated[str | None, Argument(metavar="[MODEL]", help=MODEL_HELP)] = None,
+    pass_: Annotated[
+        str | None,
+        Option(
+            "--pass",
+            metavar="NAME",
+            help="Show what this pass did: the graph, with the lines it changed marked. Passes: capture, find_sites, "
+            "insert_noise, …, share_prefixes, split_stages, complete_gradients; the overview lists them.",
+        ),
+    ] = None,
+    format_: Annotated[
+        str,
+        Option(
+            "--format",
+            "-f",
+            metavar="FORMAT",
+            help="text; python: runnable source; dot: for Graphviz; svg: a drawing; json: everything as data.",
+        ),
+    ] = "text",
+    output: Annotated[Path | None, Option("--output", "-o", metavar="FILE", help="Write to a file.")] = None,
+    rules: Annotated[
+        bool, Option("--rules", help="Print the support matrix: what is special about which operation.")
+    ] = False,
+) -> None:
+    """Show what the compiler makes of a model: passes, sites, gradient subgraphs, plan; or why it cannot.
+
+    A model that would not compile gets a report of the reason, and exit code 1.
+
+    [bold]Examples[/bold]
+
+      onward inspect resnet5
+
+      onward inspect resnet5 --pass insert_noise
+
+      onward inspect my_package.nets:build --capture sign --format svg -o graph.svg
+    """
+    if format_ not in FORMATS:
+        raise unknown_name("format", format_, FORMATS)
+    if output is not None:
+        check_writable(output)
+    if rules:
+        _emit(report.rules_text(), "text", output)
+        if model is None:
+            return
+    if model is None:
+        raise OptionError("inspect needs a model: `onward models` lists those of the zoo; or --rules.")
+    setup = set_up(model, common)
+    try:
+        compiled = compile_model(setup.model, setup.example, setup.estimator)
+    except (BatchError, CaptureError, UnreachedParameterError, UnsupportedModelError) as error:
+        if common.debug:
+            raise
+        refused = report.refusal(setup.model, setup.example, error, name=model)
+        as_data = format_ == "json"
+        _emit(
+            to_json(refused.to_json()) if as_data else report.refusal_text(refused),
+            "json" if as_data else "text",
+            output,
+        )
+        raise typer.Exit(1) from error
+    _emit(render(compiled, model, format_, pass_), format_, output)
+
+
+def render(compiled: CompiledModel, name: str, format_: str, pass_: str | None) -> str:
+    """The compiled model called `name`, or one pass of it, in a format of `FORMATS`."""
+    if pass_ is not None and pass_ not in report.pass_names(compiled):
+        raise unknown_name("pass", pass_, report.pass_names(compiled))
+    if format_ == "python":
+        return report.python(compiled, pass_, model=name)
+    if format_ in ("dot", "svg"):
+        shown = pass_ or compiled.history[-1].name
+        graphs = report.graphs_after(compiled, shown)
+        draw = to_dot if format_ == "dot" else to_svg
+        return draw(
+            graphs if shown in report.PARTS else next(iter(graphs.values())),
+            title=f"{name} after {shown}",
+            batch=batch_symbol(compiled.captured.module),
+        )
+    if format_ == "text" and pass_ is not None:
+        return report.pass_text(compiled, pass_, model=name)
+    examined = report.examine(compiled, name=name, plan=format_plan(make_plan(compiled)))
+    if format_ == "text":
+        return report.text(examined)
+    graphs = report.all_graphs(compiled) if pass_ is None else report.graphs_after(compiled, pass_)
+    sources = report.sources(compiled, graphs)
+    return to_json({"supported": True, **examined.to_json(), "graphs": sources})
+
+
+def _emit(content: str, format_: str, output: Path | None) -> None:
+    if output is not None:
+        write_whole(output, content)
+    elif sys.stdout.isatty():
+        console = Console()
+        if format_ in ("python", "json"):
+            console.print(Syntax(content, format_, background_color="default", word_wrap=True))
+        elif format_ == "text":
+            console.print(_styled(content), soft_wrap=True)
+        else:
+            sys.stdout.write(content)
+    else:
+        sys.stdout.write(content)
+
+
+def _styled(content: str) -> Text:
+    """Headings bold, added lines green, removed lines red, comments dim."""
+    styled = Text()
+    for line in content.splitlines(keepends=True):
+        style = ""
+        if line[:1] not in (" ", "", "\n", "+", "-"):
+            style = "bold"
+        elif line.startswith("+ "):
+            style = "green"
+        elif line.startswith("- "):
+            style = "red"
+        elif line.lstrip().startswith("# "):
+            style = "dim"
+        styled.append(line, style)
+    return styled

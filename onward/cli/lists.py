@@ -1,0 +1,43 @@
+"""``onward models`` and ``onward data``: what there is."""
+
+from __future__ import annotations
+
+import inspect
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..models import DATASETS, MODELS
+from ..models.data import HUB_SOURCES
+from .recipes import recipe_for
+
+
+def models() -> None:
+    """List the models of the zoo, with their options and the defaults of `onward train`."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("model", "options", "trains with"):
+        table.add_column(heading)
+    for name, factory in MODELS.items():
+        parameters = inspect.signature(factory).parameters.values()
+        options = ", ".join(f"{p.name}={p.default}" for p in parameters)
+        recipe = recipe_for(name)
+        settings = ", ".join(f"{key}={value}" for key, value in recipe.estimator.items())
+        trained = f"{settings}, {recipe.optimizer}, lr={recipe.lr:g}"
+        table.add_row(name, options, trained)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print("Your own: package.module:factory, found from the working directory.", style="dim")
+
+
+def data() -> None:
+    """List the data sets, and what they need."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("data set", "what", "needs"):
+        table.add_column(heading)
+    for name in DATASETS:
+        if name in HUB_SOURCES:
+            table.add_row(name, HUB_SOURCES[name].about, escape("pip install 'onward[data]', and a network once"))
+        else:
+            table.add_row(name, "8×8 digits of scikit-learn, 1,797 images", "nothing")
+    Console(highlight=False).print(table)

@@ -1,0 +1,46 @@
+"""Targets: anything the loss takes, repeated for the copies of a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def target_leaves(target: Any, samples: int) -> list[Any]:
+    """The parts of a target; a list of one entry a sample is one part."""
+    return pytree.tree_leaves(target, is_leaf=lambda node: _is_column(node, samples))
+
+
+def repeat_target(target: Any, copies: int, samples: int) -> Any:
+    """`target` for every copy: whatever holds one entry a sample (tensor, NumPy array, list) is tiled, copy after copy."""
+    if copies == 1:
+        return target
+
+    def tile(leaf: Any) -> Any:
+        if num_rows(leaf) != samples:
+            return leaf
+        if isinstance(leaf, Tensor):
+            return leaf.repeat(copies, *[1] * (leaf.dim() - 1))
+        if isinstance(leaf, np.ndarray):
+            return np.tile(leaf, (copies, *[1] * (leaf.ndim - 1)))
+        return leaf * copies
+
+    return pytree.tree_map(tile, target, is_leaf=lambda node: _is_column(node, samples))
+
+
+def num_rows(leaf: Any) -> int | None:
+    """First dimension of a tensor or an array, length of a list; None for anything else."""
+    if isinstance(leaf, (Tensor, np.ndarray)):
+        return int(leaf.shape[0]) if leaf.ndim else None
+    return len(leaf) if isinstance(leaf, list) else None
+
+
+def _is_column(node: Any, samples: int) -> bool:
+    """Whether a list is one entry a sample (numbers, names, boxes), and not a structure of tensors with all samples."""
+    if not isinstance(node, list) or not node:
+        return False
+    tensors = [leaf for leaf in pytree.tree_leaves(node) if isinstance(leaf, (Tensor, np.ndarray))]
+    return not tensors or (len(node) == samples and any(num_rows(tensor) != samples for tensor in tensors))
