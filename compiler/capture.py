@@ -73,8 +73,8 @@ _FORMULAS = {
     _aten.rnn_relu_cell.default: functools.partial(_rnn_cell, torch.relu),
     _aten.bilinear.default: _bilinear,
 }
-"""Written out by their formulas. Fused cells fix the batch size, and an LSTM's has two results: noise on the first would
-miss what the parameters do through the second. Torch cannot trace a bilinear layer's derivative."""
+"""Written out by their formulas. Fused cells fix the batch size, and an LSTM's has two results: noise on the first
+would miss what the parameters do through the second. Torch cannot trace a bilinear layer's derivative."""
 
 
 @dataclass(frozen=True)

@@ -119,10 +119,11 @@ class _Builder:
         if _is_size(node):
             return
         if node.target is operator.getitem and node.args[0] in self.of:
-            source = self.of[node.args[0]]  # type: ignore[index]
-            self.of[node] = source
+            self.of[node] = owner = self.of[node.args[0]]  # type: ignore[index]
             if "site" in node.meta:
-                source.role = "site"
+                owner.role = "site"
+            if node.args[1] == 0:
+                owner.shape = describe_value(node, self.batch, node in self.tiled)
             return
         key = f"capture {node.meta['capture']}" if "capture" in node.meta else node.name
         box = self._add(key, self._box(node))

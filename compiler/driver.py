@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..passes.complete_gradients import complete_gradient
+from ..passes.complete_gradients import complete_gradient, model_outputs
 from ..passes.errors import CaptureError, OptionError, UnsupportedModelError, unknown_name
+from ..passes.extend_reach import extend_reach
 from ..passes.find_sites import Site, find_sites, sites
 from ..passes.graph import Kind, Role, describe, outputs, placeholders
 from ..passes.infer_sign_domains import infer_sign_domains
@@ -73,10 +74,14 @@ def compile_model(model: nn.Module, example_inputs: Any, estimator: LikelihoodRa
         "find_sites",
         lambda module: find_sites(module, join_statistics=estimator.capture == "exact", share_sums=alive),
     )
+    points: list[int] | None = None
+    if estimator.feedback == "learned":
+        run("extend_reach", lambda module: extend_reach(module, reach=estimator.reach))
+        points = noise_points(history[-1].module)
     begun = time.perf_counter()
     vjps = trace_gradients(history[-1].module, capture=estimator.capture)
     traced = time.perf_counter() - begun
-    run("insert_noise", lambda module: insert_noise(module, noise=estimator.noise))
+    run("insert_noise", lambda module: insert_noise(module, noise=estimator.noise, at=points))
     if alive:
         run("mask_noise", mask_noise)
     run("infer_sign_domains", infer_sign_domains)
@@ -90,9 +95,7 @@ def compile_model(model: nn.Module, example_inputs: Any, estimator: LikelihoodRa
             f"{mixes_samples} mixes the samples of a batch, so a sample's loss does not belong to its own noise alone. "
             'Use LikelihoodRatio(credit="batch"), which takes one loss for the whole batch.'
         )
-    groups = resolve_groups(estimator.groups, found)
-    if estimator.feedback == "learned":
-        groups = _without_output(module, groups)
+    groups = resolve_groups(estimator.groups, found) if points is None else [tuple(points)] if points else []
     runs, gradients, sequential = _split(module, groups, vjps, estimator, bool(mixes_samples))
     stages = _clean_stages(module, runs, gradients)
     if not sequential:
@@ -206,7 +209,7 @@ def _split(
     for number, group in enumerate(groups):
         perturbed = perturbed_nodes(module, group)
         # whether the copies differ in what the site's gradient reads. A gradient through batch statistics always reads
-        # the clean run (DESIGN.md 9): those statistics are the clean run's, and copies side by side must not meet in them
+        # the clean run (DESIGN.md 9), whose statistics they are: copies side by side must not meet in them
         own = {
             index: estimator.placement == "operation"
             and not by_index[index].joined
@@ -218,11 +221,14 @@ def _split(
         untileable = untileable or _untileable(perturbed_module)
         share = forward_share(perturbed_module, module)
         runs.append(PerturbedRun(number, group, perturbed_module, share, {i: masks[i] for i in group if i in masks}))
-        for index in group:
-            source = _SOURCES[estimator.feedback, estimator.correction]
-            gradients.append(complete(index, number, own[index], source))
-    known = {gradient.site.index for gradient in gradients}
-    gradients += [complete(index, -1, False, "error") for index in by_index if index not in known]
+        if estimator.feedback == "none":
+            gradients += [complete(index, number, own[index], "noise") for index in group]
+    if estimator.feedback == "learned":
+        returned = {node.name for node in model_outputs(module.graph)}
+        for index, site in by_index.items():
+            exact = returned.issuperset(site.ends)  # `e` pulled back, nothing is predicted
+            source = "feedback" if exact or estimator.correction == "none" else "corrected"
+            gradients.append(complete(index, 0, False, source))
     if untileable and estimator.credit == "sample":
         raise UnsupportedModelError(
             f"{untileable} has no dimension that holds the samples, so a sample's loss cannot be told apart. Use "
@@ -231,25 +237,22 @@ def _split(
     return tuple(runs), tuple(sorted(gradients, key=lambda g: g.site.index)), mixes or bool(untileable)
 
 
-_SOURCES = {
-    ("none", "none"): "noise",
-    ("learned", "none"): "feedback",
-    ("learned", "full"): "corrected",
-}
+def noise_points(module: fx.GraphModule) -> list[int]:
+    """The sites at whose noise point a predicted gradient is read; the model's output needs no prediction.
 
-
-def _without_output(module: fx.GraphModule, groups: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The groups without the site at the model's output, whose Jacobian is the identity: it needs no noise."""
+    Raises:
+        UnsupportedModelError: the model's output is not one tensor with the samples first.
+    """
     results = [node for output, node in outputs(module) if output.kind == "output"]
     layout = results[0].meta.get("layout") if len(results) == 1 and isinstance(results[0], fx.Node) else None
     if layout is None or (layout.dim, layout.outer, layout.sizes[0]) != (0, 1, 1):
         raise UnsupportedModelError(
             f'feedback="learned" needs a model whose output is one tensor with the samples first; this one returns '
-            f"{len(results)} value(s). Return the one that the loss reads, or use feedback=\"none\"."
+            f'{len(results)} value(s). Return the one that the loss reads, or use feedback="none".'
         )
-    last = results[0].meta.get("noise_of")
-    kept = [tuple(index for index in group if index != last) for group in groups]
-    return [group for group in kept if group]
+    nodes = {node.name: node for node in module.graph.nodes}
+    ends = {nodes[name] for site in sites(module) for name in site.ends} - model_outputs(module.graph)
+    return sorted(end.meta["site"].index for end in ends)
 
 
 def _untileable(run: fx.GraphModule) -> str:

@@ -46,6 +46,9 @@ class LikelihoodRatio:
         correction: with feedback, what the perturbed runs of the step itself add. ``"none"``: the prediction as it is;
             **biased** as long as, and wherever, the mean Jacobian is not the sample's. ``"full"``: what the prediction
             leaves unexplained, by likelihood ratio: unbiased (up to σ²) whatever was learned, and noisier.
+        reach: with feedback, how many noise points on a gradient is read, and pulled back from exactly inside its own
+            subgraph (14). 0 has no backpropagation at all; each hop more is one stretch of *local* backpropagation, up to
+            operations without derivative; a reach beyond the last site is backpropagation itself.
         probe: with feedback, the share of the batch that is perturbed each step (its first samples).
         warmup: with feedback, the first steps, in which it is learned and all gradients are zero.
         trust: with feedback, whether each site's step is scaled by how well its predictions explain fresh copies
@@ -70,6 +73,7 @@ class LikelihoodRatio:
     placement: str = "operation"
     feedback: str = "none"
     correction: str = "none"
+    reach: int = 0
     probe: float = 1.0
     warmup: int = 80
     trust: bool = True
@@ -120,6 +124,8 @@ class LikelihoodRatio:
             raise OptionError(f"probe={self.probe}: the share of the batch that is perturbed lies in (0, 1].")
         if self.correction == "full" and self.probe != 1:
             raise OptionError(f'correction="full" needs copies of every sample: probe=1, not {self.probe}.')
+        if self.reach < 0:
+            raise OptionError(f"reach={self.reach}: the number of hops cannot be negative.")
         if self.warmup < 0:
             raise OptionError(f"warmup={self.warmup}: the number of steps cannot be negative.")
 

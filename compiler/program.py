@@ -51,8 +51,7 @@ class GradientSubgraph:
     captures: tuple[Capture, ...]
     module: fx.GraphModule
     source: str = "noise"
-    """Where the cotangent comes from: ``"noise"``, ``"feedback"``, ``"corrected"`` or ``"error"``
-    (`passes.complete_gradients`)."""
+    """Where the cotangent comes from: ``"noise"``, ``"feedback"`` or ``"corrected"`` (`passes.complete_gradients`)."""
 
     @property
     def name(self) -> str:
@@ -61,7 +60,7 @@ class GradientSubgraph:
     @property
     def from_clean(self) -> bool:
         """Whether the gradient needs nothing but the clean run, ``e`` and what feedback has learned."""
-        return self.source in ("feedback", "error")
+        return self.source == "feedback"
 
 
 @dataclass(frozen=True)

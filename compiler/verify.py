@@ -32,6 +32,7 @@ from torch import fx
 
 from ..passes import ops
 from ..passes.errors import VerificationError
+from ..passes.complete_gradients import model_outputs
 from ..passes.find_sites import Site, sites
 from ..passes.graph import Kind, Role, describe, outputs, placeholders
 from ..passes.key_random_operations import is_random
@@ -355,15 +356,22 @@ def _parameters_are_reached(compiled: CompiledModel) -> Iterator[Finding]:
                 yield Finding(message, _title(gradient), node)
 
 
+def noise_points(compiled: CompiledModel) -> list[int]:
+    """With feedback, the sites at whose noise point some gradient is read, the model's output excepted."""
+    at = {site.output: site.index for site in compiled.sites}
+    returned = {node.name for node in model_outputs(compiled.graph.graph)}
+    return sorted({at[end] for site in compiled.sites for end in site.ends if end not in returned})
+
+
 def _sites_are_partitioned(compiled: CompiledModel) -> Iterator[Finding]:
     everything = list(range(len(compiled.sites)))
-    unperturbed = [gradient.site.index for gradient in compiled.gradients if gradient.source == "error"]
-    if sorted([*(index for run in compiled.runs for index in run.sites), *unperturbed]) != everything:
+    perturbed = sorted(index for run in compiled.runs for index in run.sites)
+    if perturbed != (everything if compiled.estimator.feedback == "none" else noise_points(compiled)):
         yield Finding(f"the runs {[run.sites for run in compiled.runs]} do not perturb each of {everything} once")
     if [gradient.site.index for gradient in compiled.gradients] != everything:
         yield Finding("not every site has exactly one gradient subgraph")
     for gradient in compiled.gradients:
-        if gradient.source != "error" and gradient.site.index not in compiled.runs[gradient.run].sites:
+        if gradient.source == "noise" and gradient.site.index not in compiled.runs[gradient.run].sites:
             yield Finding(f"its losses come from run {gradient.run}, which does not perturb it", _title(gradient))
 
 
@@ -398,7 +406,7 @@ def _everything_read_exists(compiled: CompiledModel) -> Iterator[Finding]:
         yield from _available(run.name, run.module, bindings | clean)
         perturbed[run.index] = set(output_keys(run.module))
     for gradient in compiled.gradients:
-        available = bindings | clean | {f"runtime:{value}" for value in _crossing(gradient)}
+        available = bindings | clean | {f"runtime:{value}" for value in _crossing(compiled, gradient)}
         available |= perturbed[gradient.run] if gradient.per_copy else set()
         yield from _available(_title(gradient), gradient.module, available)
 
@@ -442,7 +450,7 @@ def _only_captures_cross(compiled: CompiledModel) -> Iterator[Finding]:
         for node in placeholders(gradient.module):
             role, target = node.meta["role"], node.meta["target"]
             if role == Role.RUNTIME:
-                if target not in _crossing(gradient):
+                if target not in _crossing(compiled, gradient):
                     yield Finding(f"the runtime value {target!r} crosses into it", title, node)
             elif role == Role.INPUT:
                 yield Finding("an input crosses into it that is not captured", title, node)
@@ -451,10 +459,23 @@ def _only_captures_cross(compiled: CompiledModel) -> Iterator[Finding]:
                     yield Finding(f"{target!r} is not one of its captures", title, node)
             elif role == Role.VALUE:
                 source = nodes.get(target)
-                if source is not None and source.name == noise_points[gradient.site.index].meta.get("alive"):
+                if target in {nodes[end].meta.get("alive") for end in gradient.site.ends}:
                     continue
-                if source is None or source.meta.get("kind") not in (Kind.CONSTANT, Kind.SIZE):
+                allowed = (
+                    (Kind.CONSTANT, Kind.SIZE, Kind.PARAMETER) if gradient.site.beyond else (Kind.CONSTANT, Kind.SIZE)
+                )
+                if source is None or source.meta.get("kind") not in allowed:
                     yield Finding(f"%{target} crosses into it, neither a capture nor a constant or size", title, node)
+
+
+def _crossing(compiled: CompiledModel, gradient: GradientSubgraph) -> set[str]:
+    """The runtime values that a gradient subgraph may read, by the source of its cotangent."""
+    noise = {"weights", "key", "copies" if gradient.per_copy else "draws"}
+    if gradient.source == "noise":
+        return noise
+    at = {site.output: site.index for site in compiled.sites}
+    feedback = {"error", *(f"feedback.{at[end]}" for end in gradient.site.ends if end in at)}
+    return feedback if gradient.source == "feedback" else noise | feedback
 
 
 def _downstream(node: fx.Node) -> set[fx.Node]:
@@ -471,6 +492,7 @@ def _downstream(node: fx.Node) -> set[fx.Node]:
 
 def _noise_is_regenerated(compiled: CompiledModel) -> Iterator[Finding]:
     estimator = compiled.estimator
+    perturbed = {index for run in compiled.runs for index in run.sites}
     for gradient in compiled.gradients:
         title = _title(gradient)
         made = [node for node in gradient.module.graph.nodes if node.target in _WEIGHTED]
@@ -478,15 +500,18 @@ def _noise_is_regenerated(compiled: CompiledModel) -> Iterator[Finding]:
             if made:
                 yield Finding("a gradient predicted from the clean run reads noise", title, made[0])
             continue
-        if len(made) != 1:
-            yield Finding(f"the cotangent is made {len(made)} times", title)
+        points = [point for point in compiled.sites if point.output in gradient.site.ends and point.index in perturbed]
+        if len(made) != len(points):
+            yield Finding(f"noise is made {len(made)} times for {len(points)} noise points", title)
             continue
-        (node,) = made
         wanted = ops.weighted_noise if gradient.per_copy else ops.weighted_noise_sum
-        layout = gradient.site.layout
-        arguments = (gradient.site.index, estimator.noise, estimator.score, list(layout.sizes), layout.dim, layout.outer)
-        if node.target != wanted or node.args[3:] != arguments:
-            yield Finding(f"its cotangent {node.args[3:]} is not {wanted} of {arguments}", title, node)
+        expected = [
+            (p.index, estimator.noise, estimator.score, list(p.layout.sizes), p.layout.dim, p.layout.outer)
+            for p in points
+        ]
+        for node in made:
+            if node.target != wanted or node.args[3:] not in expected:
+                yield Finding(f"its cotangent {node.args[3:]} is not {wanted} of one of {expected}", title, node)
         for other in perturbations(gradient.module):
             yield Finding("a gradient subgraph adds noise", title, other)
 
@@ -498,16 +523,20 @@ def _noise_of_the_group_alone(compiled: CompiledModel) -> Iterator[Finding]:
     for run in compiled.runs:
         noise = perturbations(run.module)
         if sorted(node.args[4] for node in noise) != sorted(run.sites):  # type: ignore[type-var]
-            yield Finding(f"it holds the noise of sites {[node.args[4] for node in noise]}, not of {run.sites}", run.name)
+            yield Finding(
+                f"it holds the noise of sites {[node.args[4] for node in noise]}, not of {run.sites}", run.name
+            )
         for node in noise:
             site = compiled.sites[node.args[4]]  # type: ignore[index]
             layout = site.layout
             arguments = (compiled.estimator.noise, list(layout.sizes), layout.dim, layout.outer)
             if node.args[5:9] != arguments:
-                yield Finding(f"the noise {node.args[5:9]} is not that of site {site.name!r}, {arguments}", run.name, node)
+                yield Finding(
+                    f"the noise {node.args[5:9]} is not that of site {site.name!r}, {arguments}", run.name, node
+                )
     noisy = perturbations(compiled.graph)
-    if sorted(node.args[4] for node in noisy) != list(range(len(compiled.sites))):  # type: ignore[type-var]
-        yield Finding("it does not add the noise of every site once", "the one-copy graph")
+    if sorted(node.args[4] for node in noisy) != sorted(i for run in compiled.runs for i in run.sites):  # type: ignore[type-var]
+        yield Finding("it does not add the noise of every perturbed site once", "the one-copy graph")
 
 
 PROGRAM_CHECKS: tuple[ProgramCheck, ...] = (
@@ -526,4 +555,13 @@ def _title(gradient: GradientSubgraph) -> str:
     return f"{gradient.name} (site {gradient.site.name!r})"
 
 
-__all__ = ["GRAPH_CHECKS", "PROGRAM_CHECKS", "graphs", "perturbations", "task_graph", "verify", "verify_graph", "verify_history"]
+__all__ = [
+    "GRAPH_CHECKS",
+    "PROGRAM_CHECKS",
+    "graphs",
+    "perturbations",
+    "task_graph",
+    "verify",
+    "verify_graph",
+    "verify_history",
+]

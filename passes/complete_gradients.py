@@ -50,7 +50,7 @@ def complete_gradient(
     mapping: dict[fx.Node, fx.Node] = {}
     late: list[tuple[fx.Node, Capture]] = []
     for node in vjp.graph.nodes:
-        if node.op != "placeholder" or node.meta["target"] == "cotangent":
+        if node.op != "placeholder" or _is_cotangent(node):
             continue
         capture = by_operand.get(node.meta["target"]) if node.meta["role"] == Role.VALUE else None
         new = graph.placeholder(node.name)
@@ -72,21 +72,15 @@ def complete_gradient(
             mapping[node] = _scaled(graph, mapping[node], ids, multiple_of_batch(node.meta["val"], batch))
         elif layout is not None and layout.batched and node not in captured:  # a constant with one row a sample
             mapping[node] = graph.call_function(ops.tile, (mapping[node], ids, layout.dim, layout.outer))
-    cotangent = _cotangent(graph, site, noise, score, source, ids)
-    _describe_feedback(graph, site, vjp, graph_module)
-    alive = next(n.meta.get("alive") for n in graph_module.graph.nodes if n.name == site.output)
-    if alive is not None:
-        mask = _last_placeholder(graph, alive)
-        mask.meta.update(
-            role=Role.VALUE, target=alive, val=next(n for n in graph_module.graph.nodes if n.name == alive).meta["val"]
-        )
-        if ids is not None:
-            mask = graph.call_function(ops.tile, (mask, ids, site.layout.dim, site.layout.outer))
-        cotangent = graph.call_function(_aten.mul.Tensor, (cotangent, mask))
-    place = next(node for node in vjp.graph.nodes if node.op == "placeholder" and node.meta["target"] == "cotangent")
-    cotangent.meta["val"] = place.meta.get("val")
-    dtype = place.meta["val"].dtype
-    mapping[place] = graph.call_function(_aten.to.dtype, (cotangent, dtype))
+    ends = {node.name: node for node in graph_module.graph.nodes}
+    cotangents = [node for node in vjp.graph.nodes if node.op == "placeholder" and _is_cotangent(node)]
+    for place, name in zip(cotangents, site.ends, strict=True):
+        cotangent = _cotangent(graph, ends[name], site, noise, score, source, ids)
+        alive = ends[name].meta.get("alive")
+        if alive is not None:
+            cotangent = graph.call_function(_aten.mul.Tensor, (cotangent, _mask(graph, ends, alive, site.layout, ids)))
+        cotangent.meta["val"] = place.meta.get("val")
+        mapping[place] = graph.call_function(_aten.to.dtype, (cotangent, place.meta["val"].dtype))
     for node in vjp.graph.nodes:
         if node.op == "call_function":
             mapping[node] = graph.node_copy(node, mapping.__getitem__)
@@ -99,24 +93,38 @@ def complete_gradient(
     return finish(module)
 
 
+def _is_cotangent(node: fx.Node) -> bool:
+    return node.meta["role"] == Role.RUNTIME and str(node.meta["target"]).startswith("cotangent")
+
+
+def _mask(graph: fx.Graph, nodes: dict[str, fx.Node], name: str, layout: Layout, copies: fx.Node | None) -> fx.Node:
+    mask = _last_placeholder(graph, name)
+    mask.meta.update(role=Role.VALUE, target=name, val=nodes[name].meta["val"])
+    return mask if copies is None else graph.call_function(ops.tile, (mask, copies, layout.dim, layout.outer))
+
+
 def _cotangent(
-    graph: fx.Graph, site: Site, noise: str, score: str, source: str, copies: fx.Node | None
+    graph: fx.Graph, end: fx.Node, site: Site, noise: str, score: str, source: str, copies: fx.Node | None
 ) -> fx.Node:
-    layout = site.layout
+    """The gradient of the loss at `end`, a noise point or the model's output."""
+    point: Site | None = end.meta.get("site")
+    if source != "noise" and end in model_outputs(end.graph):
+        source = "error"
+    layout: Layout = end.meta["layout"]
     where = (list(layout.sizes), layout.dim, layout.outer)
+    number = site.index if point is None else point.index
     terms = []
     if source in ("noise", "corrected"):
         key = add_runtime_placeholder(graph, "key", None)
         weights = add_runtime_placeholder(graph, "weights", None)
         if copies is not None:
-            terms.append(graph.call_function(ops.weighted_noise, (weights, copies, key, site.index, noise, score, *where)))
+            terms.append(graph.call_function(ops.weighted_noise, (weights, copies, key, number, noise, score, *where)))
         else:
             draws = add_runtime_placeholder(graph, "draws", None)
-            arguments = (weights, draws, key, site.index, noise, score, *where)
-            terms.append(graph.call_function(ops.weighted_noise_sum, arguments))
+            terms.append(graph.call_function(ops.weighted_noise_sum, (weights, draws, key, number, noise, score, *where)))
     if source in ("feedback", "corrected"):
         error = add_runtime_placeholder(graph, "error", None)
-        jacobian = add_runtime_placeholder(graph, f"feedback.{site.index}", None)
+        jacobian = add_runtime_placeholder(graph, f"feedback.{number}", None)
         rows = graph.call_function(_aten.mm.default, (error, graph.call_function(_aten.t.default, (jacobian,))))
         terms.append(from_rows(graph, rows, layout))
     if source == "error":
@@ -124,17 +132,14 @@ def _cotangent(
     return terms[0] if len(terms) == 1 else graph.call_function(_aten.add.Tensor, tuple(terms))
 
 
-def _describe_feedback(graph: fx.Graph, site: Site, vjp: fx.GraphModule, graph_module: fx.GraphModule) -> None:
-    """Shapes of what feedback reads, which no trace has seen: the error (N, outputs) and J (elements, outputs)."""
-    val = next(n.meta["val"] for n in vjp.graph.nodes if n.op == "placeholder" and n.meta["target"] == "cotangent")
-    layouts = [node.meta.get("layout") for output, node in outputs(graph_module) if output.kind == "output"]
-    width = sum(layout.elements for layout in layouts if layout is not None)
-    for node in graph.nodes:
-        if node.op == "placeholder" and node.meta.get("role") == Role.RUNTIME and site.layout.batched:
-            if node.meta["target"] == "error":
-                node.meta["val"] = val.new_empty((val.shape[site.layout.dim], width))
-            elif node.meta["target"] == f"feedback.{site.index}":
-                node.meta["val"] = val.new_empty((site.layout.elements, width))
+def model_outputs(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose value, but for noise, is the model's output."""
+    node = graph.output_node()
+    found = set()
+    for output, value in zip(node.meta["outputs"], node.args[0], strict=True):  # type: ignore[arg-type]
+        if output.kind == "output" and isinstance(value, fx.Node):
+            found |= {value, value.args[0]} if "noise_of" in value.meta else {value}
+    return found
 
 
 def from_rows(graph: fx.Graph, rows: fx.Node, layout: Layout) -> fx.Node:

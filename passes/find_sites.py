@@ -66,6 +66,15 @@ class Site:
     layout: Layout
     line: str
     """``file:line: code`` in the user's source."""
+    frontier: tuple[str, ...] = ()
+    """Names of the nodes at which the gradient is read; empty stands for the noise point itself (`extend_reach`)."""
+    beyond: tuple[str, ...] = ()
+    """Names of the nodes behind the noise point up to the frontier, which the gradient is pulled back through."""
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The nodes at which the gradient is read."""
+        return self.frontier or (self.output,)
 
     @property
     def joined(self) -> bool:
@@ -132,9 +141,9 @@ def _output(node: fx.Node) -> fx.Node:
         output = getitem(node, 0)
         if any(_is_read(user) for user in node.users if user is not output):
             raise UnsupportedModelError(
-                f"{describe(node)} reads a trainable parameter and has several results that are used. Noise on the first "
-                "alone would miss what the parameter does through the others. Split it into operations with one result "
-                "each (the formula of a cell instead of the fused cell); or freeze the parameter."
+                f"{describe(node)} reads a trainable parameter and has several results that are used. Noise on the "
+                "first alone would miss what the parameter does through the others. Split it into operations with one "
+                "result each (the formula of a cell instead of the fused cell); or freeze the parameter."
             )
     if output is None or not is_floating(output):
         raise UnsupportedModelError(
@@ -149,8 +158,10 @@ def _is_read(result: fx.Node) -> bool:
     """Whether a floating-point result is read by anything but a buffer's update."""
     if not is_floating(result):
         return False
-    described = dict.fromkeys(output.kind for output, node in outputs(result.graph.owning_module) if node is result)
-    return any(user.op != "output" for user in result.users) or any(kind != "mutation" for kind in described)
+    module = result.graph.owning_module
+    assert module is not None
+    kinds = {output.kind for output, node in outputs(module) if node is result}
+    return any(user.op != "output" for user in result.users) or bool(kinds - {"mutation"})
 
 
 def _sum(output: fx.Node) -> fx.Node:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from . import ops
-from .graph import clone, finish, is_floating
+from .graph import clone, finish
 
 _aten = torch.ops.aten
 
@@ -58,14 +58,14 @@ def _domain(node: fx.Node) -> str:
 def _operands(node: fx.Node) -> list[object]:
     found: list[object] = list(node.all_input_nodes)
     if node.target in (_aten.add.Tensor, _aten.mul.Tensor):
-        found += [argument for argument in node.args if not isinstance(argument, fx.Node)]
+        found += [argument for argument in (*node.args, *node.kwargs.values()) if not isinstance(argument, fx.Node)]
     return found
 
 
 def _nonnegative(value: object) -> bool:
-    if isinstance(value, fx.Node):
-        val = value.meta.get("val")
-        if isinstance(val, torch.Tensor) and val.dtype == torch.bool:
-            return True
-        return value.meta.get("sign_domain") == "nonnegative" or not (is_floating(value) or isinstance(val, tuple))
-    return isinstance(value, (int, float)) and value >= 0
+    if not isinstance(value, fx.Node):
+        return isinstance(value, (int, float)) and value >= 0
+    val = value.meta.get("val")
+    if isinstance(val, torch.Tensor):
+        return val.dtype in (torch.bool, torch.uint8) or value.meta.get("sign_domain") == "nonnegative"
+    return not isinstance(val, (tuple, list)) or value.meta.get("sign_domain") == "nonnegative"  # others are sizes

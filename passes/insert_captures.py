@@ -4,10 +4,12 @@ For each site and each activation its vjp reads, by the estimator's ``capture``:
 
 - ``"exact"``: the activation itself.
 - ``"sign"``: ``pack_signs(x)``, one or two bits an element by the sign domain. Biased: the magnitude is gone.
-- ``"stochastic"``: ``scale = max |x|`` of the sample, ``pack_signs(stochastic_sign(x, scale))``: the same bits, unbiased.
+- ``"stochastic"``: ``scale = max |x|`` of the sample, ``pack_signs(stochastic_sign(x, scale))``: the same bits,
+  unbiased.
 
-Sites whose rule does not allow an encoding, or that multiply two activations, are captured exactly; of a norm layer the normalised activation is captured
-where signs are asked for. Sites that read the same activation share its capture.
+Sites whose rule does not allow an encoding, or that multiply two activations, are captured exactly; of a norm layer the
+normalised activation is captured where signs are asked for, and of batch normalisation by the batch's statistics
+always. Sites that read the same activation share its capture.
 
 Writes ``meta["captures"]`` (a tuple of `Capture`) on each noise point, and appends the captured nodes to the outputs, so
 that no dead-code elimination can take them.
@@ -129,10 +131,13 @@ def _describe(site: Site, operand: str, source: fx.Node, nodes: dict[str, fx.Nod
 
 
 def _reads_one_activation(core: fx.Node) -> bool:
-    """Whether one operand alone depends on the inputs, so that the parameters' gradient is linear in it: the encodings of
-    two factors (``nn.Bilinear``, ``einsum`` of three, or an activation with itself) are not unbiased together."""
-    operands = pytree.tree_leaves((core.args, core.kwargs))
-    return sum(isinstance(one, fx.Node) and one.meta["kind"] == Kind.ACTIVATION for one in operands) == 1
+    """Whether a single operand depends on the inputs, so that the parameters' gradient is linear in it.
+
+    The encodings of two factors (``nn.Bilinear``, ``einsum`` of three, an activation and itself) are not unbiased
+    together.
+    """
+    operands = [one for one in pytree.tree_leaves((core.args, core.kwargs)) if isinstance(one, fx.Node)]
+    return [one.meta["kind"] for one in operands].count(Kind.ACTIVATION) == 1
 
 
 def _encode(module: fx.GraphModule, site: Site, one: Capture, source: fx.Node) -> list[tuple[Output, fx.Node]]:

@@ -8,16 +8,19 @@ folding passes have nothing to merge or freeze (each has its own ``site``).
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import fx
 
 from . import ops
 from .graph import add_runtime_placeholder, clone, finish
 
 
-def insert_noise(module: fx.GraphModule, *, noise: str) -> fx.GraphModule:
+def insert_noise(module: fx.GraphModule, *, noise: str, at: Collection[int] | None = None) -> fx.GraphModule:
+    """Noise behind every site, or behind those whose index is in `at`."""
     module = clone(module)
     graph = module.graph
-    noisy = [node for node in graph.nodes if "site" in node.meta]
+    noisy = [n for n in graph.nodes if "site" in n.meta and (at is None or n.meta["site"].index in at)]
     copies = add_runtime_placeholder(graph, "copies", None)
     key = add_runtime_placeholder(graph, "key", None)
     sigmas = add_runtime_placeholder(graph, "sigmas", None)

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .errors import UnreachedParameterError, UnsupportedModelError
 from .find_sites import Site, sites
-from .graph import Output, Role, describe, finish, set_outputs
+from .graph import Kind, Output, Role, describe, finish, set_outputs
 from .locate_samples import batch_symbol
 from .rules import Rule, rule_for, uses_batch_statistics
 
@@ -59,22 +59,23 @@ def _trace(module: fx.GraphModule, site: Site, nodes: dict[str, fx.Node], captur
         for target in site.parameters
     ]  # fmt: skip
     weights = [node.meta["val"] for node in parameters]
-    output = nodes[site.output].meta["val"]
-    mode = detect_fake_mode([output])
+    ends = [nodes[name].meta["val"] for name in site.ends]
+    mode = detect_fake_mode(ends)
     assert mode is not None
 
-    def gradient(cotangent: Any, values: list[Any], weights: list[Any]) -> tuple[Any, ...]:
+    def gradient(cotangents: list[Any], values: list[Any], weights: list[Any]) -> tuple[Any, ...]:
         # autograd.grad and not torch.func.vjp, whose wrappers read sizes as integers and so would fix the batch size
         leaves = [weight.detach().requires_grad_() for weight in weights]
         with torch.enable_grad():
-            result = region(*values, *leaves)
-        if not result.requires_grad:
+            results = region(*values, *leaves)
+        pairs = [pair for pair in zip(results, cotangents, strict=True) if pair[0].requires_grad]
+        if not pairs:
             return (None,) * len(leaves)
-        return torch.autograd.grad(result, leaves, cotangent, allow_unused=True)
+        return torch.autograd.grad([p[0] for p in pairs], leaves, [p[1] for p in pairs], allow_unused=True)
 
     with mode, torch.no_grad():
-        cotangent = torch.empty_like(output, memory_format=torch.contiguous_format)
-        traced = make_fx(gradient, _allow_non_fake_inputs=True)(cotangent, values, weights)
+        cotangents = [torch.empty_like(end, memory_format=torch.contiguous_format) for end in ends]
+        traced = make_fx(gradient, _allow_non_fake_inputs=True)(cotangents, values, weights)
     _check_symbolic(batch_symbol(module), core)
     _functionalize(traced)
     traced.graph.eliminate_dead_code()
@@ -122,20 +123,29 @@ def _after(node: fx.Node) -> set[fx.Node]:
 
 
 def _copied_region(site: Site, nodes: dict[str, fx.Node]) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """The region as a function ``(*operands, *parameters) -> output``."""
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    for name in site.operands:
-        mapping[nodes[name]] = graph.placeholder(name)
+    """The region as a function ``(*operands, *parameters) -> values at the frontier``, and its operands' names.
+
+    Behind the noise point parameters are operands like any other value: also one that the site itself reads (a tied
+    weight) is differentiated only where this site reads it, since its other reader has a subgraph of its own.
+    """
     members = [nodes[name] for name in site.region]
+    behind = [nodes[name] for name in site.beyond]
+    own = {node for node in members if node.meta.get("kind") != Kind.PARAMETER} | set(behind)
+    read = [source for node in behind for source in node.all_input_nodes if source not in own]
+    operands = list(dict.fromkeys([*(nodes[name] for name in site.operands), *read]))
+    graph = fx.Graph()
+    given = {node: graph.placeholder(node.name) for node in operands}
+    mapping = {nodes[name]: given[nodes[name]] for name in site.operands}
     by_target = {node.meta["target"]: node for node in members if node.op == "placeholder"}
     for target in site.parameters:
-        mapping[by_target[target]] = graph.placeholder(by_target[target].name)
+        mapping[by_target[target]] = graph.placeholder(f"{by_target[target].name}_own")
     for node in members:
         if node not in mapping:
             mapping[node] = graph.node_copy(node, mapping.__getitem__)
-    graph.output(mapping[nodes[site.output]])
-    return fx.GraphModule({}, graph), site.operands
+    for node in behind:
+        mapping[node] = graph.node_copy(node, lambda n: given[n] if n in given else mapping[n])
+    graph.output(tuple(mapping[nodes[name]] for name in site.ends))
+    return fx.GraphModule({}, graph), tuple(node.name for node in operands)
 
 
 def _normalized_region(
@@ -156,8 +166,8 @@ def _normalized_region(
         given = dict(zip(site.parameters, parameters, strict=True))
         values = [given[target] for target in ordered]
         if len(values) == 2:
-            return affine(x, *values)
-        return affine(x, values[0], None) if first_is_gamma else affine(x, None, values[0])
+            return (affine(x, *values),)
+        return (affine(x, values[0], None) if first_is_gamma else affine(x, None, values[0]),)
 
     return region, (site.output,)
 
@@ -173,7 +183,10 @@ def _normal_form(
     """Name the traced placeholders, drop those that are not read, and describe the outputs."""
     graph = traced.graph
     places = [node for node in graph.nodes if node.op == "placeholder"]
-    roles: list[tuple[Role, Any, str]] = [(Role.RUNTIME, "cotangent", "cotangent")]
+    roles: list[tuple[Role, Any, str]] = [
+        (Role.RUNTIME, f"cotangent.{name}", f"cotangent_{name}") if site.beyond else (Role.RUNTIME, *["cotangent"] * 2)
+        for name in site.ends
+    ]
     for name, node in zip(operands, operand_nodes, strict=True):
         if node.op == "placeholder" and node.meta["role"] != Role.INPUT:
             roles.append((node.meta["role"], node.meta["target"], name))
@@ -182,9 +195,13 @@ def _normal_form(
     roles += [(Role.PARAMETER, node.meta["target"], node.name) for node in parameters]
     clean = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
+    bound: dict[tuple[Role, Any], fx.Node] = {}
     for node, (role, target, name) in zip(places, roles, strict=True):
-        if node.users or target == "cotangent":
-            mapping[node] = new = clean.placeholder(name)
+        known = bound.get((role, target))
+        if known is not None:  # read here by the site and behind it
+            mapping[node] = known
+        elif node.users or str(target).startswith("cotangent"):
+            mapping[node] = bound[role, target] = new = clean.placeholder(name)
             new.meta.update(role=role, target=target, val=node.meta.get("val"))
             if role == Role.PARAMETER:
                 new.meta["trainable"] = True
@@ -195,7 +212,7 @@ def _normal_form(
     assert isinstance(results, (tuple, list))
     gradients = []
     for target, result in zip(site.parameters, results, strict=True):
-        if not isinstance(result, fx.Node) or not _depends_on(result, places[0]):
+        if not isinstance(result, fx.Node) or not any(_depends_on(result, c) for c in places[: len(site.ends)]):
             raise UnreachedParameterError(
                 f"the parameter {target!r} has no local derivative at {describe(core)}: on its way there it passes an "
                 "operation whose derivative is zero (sign, round, comparison, argmax, detach). It would stay untrained. "

@@ -161,11 +161,16 @@ class Program:
 
     def _check_batch(self, inputs: Any) -> tuple[list[Any], int]:
         expected = self.compiled.captured.signature
-        leaves, spec = pytree.tree_flatten(as_call(inputs))
+        args, kwargs = as_call(inputs)
+        names = expected.spec.child(1).context
+        if kwargs.keys() == set(names):
+            kwargs = {name: kwargs[name] for name in names}
+        leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != expected.spec:
             raise BatchError(
-                f"the inputs have another structure than the example: expected {expected.spec}, got {spec}. Pass a tensor, "
-                "a tuple of positional arguments or a dict of keyword arguments, as in the example."
+                f"the inputs have another structure than the example: expected {_structure(expected.spec)}, got "
+                f"{_structure(spec)}. Pass a tensor, a tuple of positional arguments or a dict of keyword arguments, as in "
+                "the example."
             )
         samples: int | None = None
         for position, (leaf, described) in enumerate(zip(leaves, expected.leaves, strict=True)):
@@ -275,6 +280,17 @@ class Program:
         self.clean_forwards += samples
         probed = self.executor.num_probed(samples)
         self.forwards += probed * estimator.copies * sum(run.share for run in self.compiled.runs)
+
+
+class _Leaf:
+    def __repr__(self) -> str:
+        return "*"
+
+
+def _structure(spec: pytree.TreeSpec) -> str:
+    """Arguments of forward with ``*`` for every leaf."""
+    args, kwargs = pytree.tree_unflatten([_Leaf()] * spec.num_leaves, spec)
+    return repr(kwargs or args)
 
 
 def _check_leaf(position: int, leaf: Any, described: tuple[Any, ...], samples: int | None) -> int | None:

@@ -85,7 +85,7 @@ class Sandwich(nn.Module):
         self.head = nn.Linear(features, 3)
         op.train()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         if self.floating:
             x = torch.tanh(x * self.gain)
         return self.head(torch.tanh(self.op(x)).flatten(1))
@@ -216,7 +216,8 @@ class Convolution:
             for group in range(self.groups):
                 rows = slice(group * n_out, (group + 1) * n_out)
                 columns = slice(group * n_in, (group + 1) * n_in)
-                weight[(rows, slice(None), *offset)] = np.tensordot(signal[:, rows], patch[:, columns], (axes, axes))
+                place: Any = (rows, slice(None), *offset)
+            weight[place] = np.tensordot(signal[:, rows], patch[:, columns], (axes, axes))
         return {name: weight}
 
 
@@ -262,7 +263,7 @@ class BiasAdd(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(4))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return x + self.bias
 
 
@@ -273,7 +274,7 @@ class Positional(nn.Module):
         super().__init__()
         self.position = nn.Parameter(torch.zeros(1, 3, 2))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return x.flatten(2) - self.position
 
 
@@ -284,7 +285,7 @@ class Tied(nn.Module):
         super().__init__()
         self.linear = nn.Linear(3, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.linear(torch.tanh(self.linear(x)))
 
 
@@ -295,7 +296,7 @@ class TiedTranspose(nn.Module):
         super().__init__()
         self.encode = nn.Linear(4, 2, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return F.linear(torch.tanh(self.encode(x)), self.encode.weight.T)
 
 
@@ -307,7 +308,7 @@ class TwoNames(nn.Module):
         self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3)
         self.second.weight = self.first.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.second(torch.tanh(self.first(x)))
 
 
@@ -319,7 +320,7 @@ class WeightNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(4))
         self.direction = nn.Parameter(torch.randn(4, 3))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         weight = self.gain[:, None] * self.direction / self.direction.norm(dim=1, keepdim=True)
         return F.linear(x, weight)
 
@@ -331,7 +332,7 @@ class Recurrent(nn.Module):
         super().__init__()
         self.layer = kind(2, 3, batch_first=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.layer(x)[0]
 
 
@@ -342,7 +343,7 @@ class Cells(nn.Module):
         super().__init__()
         self.cell = kind(2, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         state: Any = None
         for step in range(x.shape[1]):
             state = self.cell(x[:, step], state)
@@ -356,7 +357,7 @@ class SquareBilinear(nn.Module):
         super().__init__()
         self.layer = nn.Bilinear(3, 3, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.layer(x, x.square())
 
 

@@ -144,7 +144,9 @@ def _conv_rows(x: Tensor, y: Tensor, linears: list[nn.Linear]) -> Block:
 
 
 def _conv_transposed(x: Tensor, y: Tensor, linears: list[nn.Linear]) -> Block:
-    return Block(lambda self, x, y: self.conv(fit(x, 8).reshape(-1, 2, 2, 2)), conv=nn.ConvTranspose2d(2, 2, 2, stride=2))
+    return Block(
+        lambda self, x, y: self.conv(fit(x, 8).reshape(-1, 2, 2, 2)), conv=nn.ConvTranspose2d(2, 2, 2, stride=2)
+    )
 
 
 def _position(x: Tensor, y: Tensor, linears: list[nn.Linear]) -> Block:

@@ -59,7 +59,9 @@ class TestHazard1BakedNoise:
         program, inputs, target = small()
         first, second = step(program, inputs, target), step(program, inputs, target)
         assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        assert not any(node.op == "get_attr" for graph in graphs(program.compiled).values() for node in graph.graph.nodes)
+        assert not any(
+            node.op == "get_attr" for graph in graphs(program.compiled).values() for node in graph.graph.nodes
+        )
 
     def test_a_models_own_randn_is_keyed_by_the_step(self):
         class Noisy(nn.Module):
@@ -147,7 +149,9 @@ class TestHazard4FrozenMode:
 
     def test_a_step_in_another_mode_is_an_error_that_says_so(self):
         model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
-        program = onward.compile(model, torch.ones(8, 4), loss=F.cross_entropy, estimator=onward.LikelihoodRatio(copies=2))
+        program = onward.compile(
+            model, torch.ones(8, 4), loss=F.cross_entropy, estimator=onward.LikelihoodRatio(copies=2)
+        )
         model.eval()
         with pytest.raises(onward.errors.ModeError, match="eval mode"):
             program.step(torch.ones(8, 4), torch.zeros(8, dtype=torch.int64))

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import nn
+from torch import fx, nn
 
 import onward
 from onward import LikelihoodRatio
@@ -27,6 +27,8 @@ from onward.runtime.plan import format_plan, make_plan
 
 class Mixed(nn.Module):
     """A bit of everything: dropout, a norm, a constant, a buffer, a tied and a frozen parameter."""
+
+    scale: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,10 +237,24 @@ def test_refusals():
         assert json.loads(json.dumps(refused.to_json()))["supported"] is False
 
 
+def test_deep_batch_normalisation_is_not_taken_for_mixing():
+    """Rounding of the frozen statistics must not look like a dependence between samples (compiler.probe)."""
+    torch.manual_seed(0)
+    compiled = compile_model(
+        onward.models.resnet9(in_channels=1, width=32, norm="batch"),
+        torch.randn(32, 1, 8, 8),
+        LikelihoodRatio(copies=4),
+    )
+    assert compiled.mixes_samples == ""
+    batch_norm = next(box for box in draw.picture_of(compiled.graph).boxes if box.title == "batch_norm")
+    assert batch_norm.role == "site"
+    assert batch_norm.shape.endswith("32, 8, 8]")
+
+
 # --- drawings ---------------------------------------------------------------------------------------------------------
 
 
-def drawn(compiled: CompiledModel) -> list[tuple[str, object]]:
+def drawn(compiled: CompiledModel) -> list[tuple[str, dict[str, fx.GraphModule]]]:
     return [(name, report.graphs_after(compiled, name)) for name in report.pass_names(compiled)]
 
 
@@ -248,13 +264,13 @@ def test_svg_of_every_pass_parses_and_no_boxes_overlap(resnet, mixed):
         for name, graphs in drawn(compiled):
             root = ElementTree.fromstring(draw.to_svg(graphs, title=name, batch=batch))
             space = "{http://www.w3.org/2000/svg}"
-            boxes = [group.find(f"{space}rect") for group in root.iter(f"{space}g")]
-            frames = [tuple(float(box.get(key)) for key in ("x", "y", "width", "height")) for box in boxes]
+            boxes = [next(group.iter(f"{space}rect")) for group in root.iter(f"{space}g")]
+            frames = [tuple(float(box.attrib[key]) for key in ("x", "y", "width", "height")) for box in boxes]
             assert frames
             for (ax, ay, aw, ah), (bx, by, bw, bh) in itertools.combinations(frames, 2):
                 apart = ax + aw <= bx or bx + bw <= ax or ay + ah <= by or by + bh <= ay
                 assert apart, name
-            width, height = float(root.get("width")), float(root.get("height"))
+            width, height = float(root.attrib["width"]), float(root.attrib["height"])
             assert all(x >= 0 and y >= 0 and x + w <= width and y + h <= height for x, y, w, h in frames)
 
 

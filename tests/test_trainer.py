@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
-from training_run import StandIn, digest, make_loader, make_program, make_trainer, make_validation, timeless
+from training_run import StandIn, digest, make_loader, make_model, make_program, make_trainer, make_validation, timeless
 
 from onward.passes.errors import (
     BatchError,
@@ -173,25 +173,29 @@ def test_a_second_ctrl_c_aborts_at_once(tmp_path: Path) -> None:
 
 def test_ctrl_c_during_validation(tmp_path: Path) -> None:
     class Validation:
-        stop = True
+        def __init__(self, stop: bool) -> None:
+            self.stop = stop
 
         def __iter__(self) -> Any:
+            torch.rand(3)  # the next epoch's augmentation follows in the same stream
             yield make_validation()
             if self.stop:
-                torch.rand(3)
                 os.kill(os.getpid(), signal.SIGINT)
             yield make_validation()
 
-    batches = Validation()
     torch.manual_seed(0)
-    history = make_trainer(tmp_path).fit(make_loader(), 2, validation=batches)
+    numbers = checkpoints.capture_rng()
+    whole = make_trainer(tmp_path / "whole")
+    whole.fit(make_loader(), 2, validation=Validation(False))
+    checkpoints.restore_rng(numbers)
+    history = make_trainer(tmp_path / "run").fit(make_loader(), 2, validation=Validation(True))
     assert history.interrupted
     assert len(history) == 0
-    batches.stop = False
-    resumed = make_trainer(tmp_path)
-    resumed.fit(make_loader(), 2, validation=batches, resume=True)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    resumed = make_trainer(tmp_path / "run")
+    resumed.fit(make_loader(), 2, validation=Validation(False), resume=True)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "epoch"] == [6, 12]
+    assert digest(resumed) == digest(whole)
 
 
 def test_an_ignored_ctrl_c_stays_ignored() -> None:
@@ -248,7 +252,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path: Path,
 
 
 def test_huge_gradients_are_finite_and_empty_parameters_do_no_harm() -> None:
-    program = make_program()
+    program = StandIn(make_model())
     program.model.register_parameter("empty", nn.Parameter(torch.empty(0)))
     step = program.step
 

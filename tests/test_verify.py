@@ -71,10 +71,14 @@ class TestAccepts:
 
     def test_every_setting_of_a_batch_normalised_network_in_training(self):
         model = onward.models.resnet5(num_classes=10, in_channels=1)
-        for settings in ({"groups": "joint"}, {"capture": "stochastic"}):
-            verify_history(
-                compile_model(model, (torch.randn(4, 1, 8, 8),), onward.LikelihoodRatio(copies=2, **settings))
-            )
+        estimators = (
+            onward.LikelihoodRatio(copies=2, groups="joint"),
+            onward.LikelihoodRatio(copies=2, capture="stochastic"),
+            onward.LikelihoodRatio.feedback_learned(),
+            onward.LikelihoodRatio.feedback_learned(correction="full"),
+        )
+        for estimator in estimators:
+            verify_history(compile_model(model, (torch.randn(4, 1, 8, 8),), estimator))
 
     def test_it_is_cheap(self, layerwise):
         spent = []
@@ -109,7 +113,10 @@ class TestGraphs:
             (lambda m: m.graph.output_node().meta.update(outputs=[]), "0 outputs are described"),
             (lambda m: set_outputs(m, [*outputs(m), outputs(m)[0]]), "returned 2 times"),
             (lambda m: set_outputs(m, [(Output("fruit", "0"), n) for _, n in outputs(m)]), "unknown kind 'fruit'"),
-            (lambda m: setattr(first(m, _aten.relu.default), "target", _aten.relu_.default), "writes into its argument"),
+            (
+                lambda m: setattr(first(m, _aten.relu.default), "target", _aten.relu_.default),
+                "writes into its argument",
+            ),
             (lambda m: setattr(first(m, _aten.relu.default), "target", torch.relu), "no registered operator"),
             (lambda m: setattr(first(m, _aten.relu.default), "target", _aten.rand_like.default), "torch's generator"),
             (lambda m: _set_argument(perturbations(m)[1], 4, 0), "site 0 already"),

@@ -24,7 +24,7 @@ class Backpropagation:
     def step(self, inputs: Any, target: Any, /) -> Tensor:
         """Add the gradient of the mean loss to every ``.grad``."""
         loss = self.loss(self.model(inputs), target)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.clean_forwards += len(target)
         return loss.detach()
 
