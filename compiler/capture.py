@@ -7,6 +7,7 @@ import copy
 import functools
 import inspect
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -228,14 +229,15 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
 
 
 _ADVERTISEMENTS = (
-    "For more", "For extended", "For C++", "If you suspect", "The error above", "Use tlparse", "Developer debug context",
+    "For more", "For extended", "For C++", "If you suspect", "The error above", "Use tlparse", "Developer debug context", "Set TORCHDYNAMO",
     "consider using data-dependent", "Caused by: (_export",
 )  # fmt: skip
 """How lines begin that advertise torch's own debugging and say nothing of the model."""
 
 
 def _first_lines(error: BaseException, count: int = 12) -> str:
-    lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
+    message = re.sub(r" For more information, run with TORCH_LOGS\S*", "", f"{type(error).__name__}: {error}")
+    lines = [line for line in message.splitlines() if line.strip()]
     lines = [line for line in lines if not line.strip().startswith(_ADVERTISEMENTS)]
     user = [line for line in lines[count:] if line.strip().startswith("File ") and "/torch/" not in line]
     return "\n    ".join(lines[:count] + user[-2:])

@@ -31,8 +31,8 @@ import torch
 from torch import fx
 
 from ..passes import ops
-from ..passes.errors import VerificationError
 from ..passes.complete_gradients import model_outputs
+from ..passes.errors import VerificationError
 from ..passes.find_sites import Site, sites
 from ..passes.graph import Kind, Role, describe, outputs, placeholders
 from ..passes.key_random_operations import is_random
@@ -105,7 +105,7 @@ def task_graph(compiled: CompiledModel) -> networkx.DiGraph:
     """Who reads whose results, as a directed graph of the names in `graphs`; each edge has the ``key`` it carries.
 
     A subgraph with captures of its own (``per_copy``) finds a value in its perturbed run first, then in the clean run,
-    as the executors do; a gradient subgraph reads its run's losses, unless feedback predicts it from the clean run alone.
+    as the executors do; a gradient subgraph reads its run's losses, unless feedback predicts it from the clean run.
     """
     dag = networkx.DiGraph()
     clean: dict[str, str] = {}
@@ -136,8 +136,8 @@ def _raise_first(invariant: str, findings: Iterator[Finding], graph: str = "the 
         where = finding.graph or graph
         node = f", node %{finding.node.name} ({describe(finding.node)})" if finding.node is not None else ""
         raise VerificationError(
-            f"invariant {invariant} is broken in {where}{node}: {finding.message}. This is a bug in Onward or in a pass; "
-            "please report it with the model."
+            f"invariant {invariant} is broken in {where}{node}: {finding.message}. This is a bug in Onward or in a "
+            "pass; please report it with the model."
         )
 
 

@@ -1,9 +1,23 @@
 """Onward: compile a PyTorch model into a trainer that never backpropagates."""
 
+from importlib.metadata import version
+
 from . import models
 from .api import compile
 from .compiler.estimator import LikelihoodRatio
 from .passes import errors
 from .runtime.program import Program
+from .runtime.trainer import EpochRecord, History, Trainer
 
-__all__ = ["LikelihoodRatio", "Program", "compile", "errors", "models"]
+__version__ = version("onward")
+
+__all__ = [
+    "EpochRecord",
+    "History",
+    "LikelihoodRatio",
+    "Program",
+    "Trainer",
+    "compile",
+    "errors",
+    "models",
+]

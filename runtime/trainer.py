@@ -72,6 +72,10 @@ class TrainableProgram(Protocol):
         """The loss of each sample, (N,), or of the batch, 0-d."""
         ...
 
+    def trust(self) -> dict[str, float]:
+        """The share of its step that each parameter named takes; parameters not named take all of it."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Everything beyond the model's own state, step count and forwards included."""
         ...
@@ -432,6 +436,19 @@ class Trainer:
             self._write(loader, position, sinks)
         return True
 
+    def _step_with_trust(self) -> None:
+        """The optimizer's step, each parameter's part of it scaled by the program's trust (DESIGN.md 12).
+
+        Scaling the step itself, not the gradient, is a scaled learning rate for every optimizer, Adam included.
+        """
+        doubted = {name: trust for name, trust in self.program.trust().items() if trust < 1}
+        before = {name: self.program.model.get_parameter(name).detach().clone() for name in doubted}
+        self.optimizer.step()
+        with torch.no_grad():
+            for name, trust in doubted.items():
+                weight = self.program.model.get_parameter(name)
+                weight.copy_(torch.lerp(before[name], weight, trust))
+
     def _train_on(self, batch: Any, position: _Position, sinks: list[Sink], bar: ProgressBar, validated: bool) -> None:
         inputs, target = self._split(batch)
         if (
@@ -446,7 +463,7 @@ class Trainer:
             )
         loss = float(self.program.step(inputs, target))
         self._check_gradients()
-        self.optimizer.step()
+        self._step_with_trust()
         self.optimizer.zero_grad(set_to_none=True)
         lr = self._learning_rates()
         if self.scheduler is not None and self.scheduler_step == "batch":

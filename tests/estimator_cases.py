@@ -217,7 +217,7 @@ class Convolution:
                 rows = slice(group * n_out, (group + 1) * n_out)
                 columns = slice(group * n_in, (group + 1) * n_in)
                 place: Any = (rows, slice(None), *offset)
-            weight[place] = np.tensordot(signal[:, rows], patch[:, columns], (axes, axes))
+                weight[place] = np.tensordot(signal[:, rows], patch[:, columns], (axes, axes))
         return {name: weight}
 
 

@@ -27,7 +27,7 @@ from onward.passes.errors import OptionError, OutputError
 
 COMMON = {
     "--model-option", "--data", "--alr", "--noise", "--score", "--capture", "--groups", "--copies", "--sigma",
-    "--antithetic", "--no-antithetic", "--chunk", "--credit", "--placement", "--feedback", "--correction", "--probe",
+    "--antithetic", "--no-antithetic", "--chunk", "--credit", "--placement", "--feedback", "--correction", "--reach", "--probe",
     "--warmup", "--trust", "--no-trust", "--seed", "--device", "--threads", "--debug",
 }  # fmt: skip
 TRAIN = {

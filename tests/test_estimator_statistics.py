@@ -15,10 +15,11 @@ gradient for every sample.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -29,6 +30,8 @@ from torch import Tensor, nn
 
 import onward
 from onward import LikelihoodRatio
+from onward.compiler.driver import compile_model
+from onward.compiler.program import CompiledModel
 from onward.runtime import noise_source
 from onward.runtime.philox import Key, Purpose, philox_lanes_numpy
 from onward.runtime.program import Program
@@ -59,13 +62,22 @@ class Point(nn.Module):
         return self.rows(index)
 
 
-def estimates(loss: Callable[[Tensor], Tensor], z: list[float], samples: int, seed: int, **settings: Any) -> Array:
+@functools.cache
+def compiled_point(samples: int, coordinates: int, noise: str, score: str) -> CompiledModel:
+    """The graphs hold neither the loss nor the number of copies."""
+    estimator = LikelihoodRatio(noise=noise, score=score)
+    return compile_model(Point(samples, [0.0] * coordinates), (torch.arange(3),), estimator)
+
+
+def estimates(
+    loss: Callable[[Tensor], Tensor], z: list[float], samples: int, seed: int, *, noise: str, **settings: Any
+) -> Array:
     """Independent estimates ``(samples, len(z))`` of the gradient of the smoothed `loss` at `z`."""
     model = Point(samples, z)
     index = torch.arange(samples)
-    estimator = LikelihoodRatio(**{"sigma": SIGMA, **settings})
-    program = onward.compile(model, (index[:3],), loss=lambda z, _: loss(z), estimator=estimator, seed=seed)
-    program.step(index, index)
+    estimator = LikelihoodRatio(**{"sigma": SIGMA, "noise": noise, **settings})
+    compiled = replace(compiled_point(samples, len(z), noise, estimator.score), estimator=estimator)
+    Program(model, compiled, lambda z, _: loss(z), seed).step(index, index)
     assert model.rows.weight.grad is not None
     return model.rows.weight.grad.numpy() * samples
 
@@ -140,7 +152,7 @@ SMOOTHED = {
 def test_the_mean_is_the_gradient_of_the_smoothed_loss(name: str, noise: str, score: str, antithetic: bool) -> None:
     case = SMOOTHED[name]
     expected = case.expected[noise, score](case.z, SIGMA)
-    settings = {"noise": noise, "score": score, "antithetic": antithetic, "copies": 16}
+    settings: dict[str, Any] = {"noise": noise, "score": score, "antithetic": antithetic, "copies": 16}
     found = estimates(case.loss, [case.z], 100_000, 1, **settings)[:, 0]
     if noise == "rademacher" and antithetic:  # no randomness is left in one coordinate
         np.testing.assert_allclose(found, expected, rtol=1e-12)
@@ -150,7 +162,7 @@ def test_the_mean_is_the_gradient_of_the_smoothed_loss(name: str, noise: str, sc
 
 def test_the_gaussian_sign_scores_bias_is_found() -> None:
     """The test above would see the difference: 2 s² is not 3 s²."""
-    settings = {"noise": "gaussian", "score": "sign", "copies": 16}
+    settings: dict[str, Any] = {"noise": "gaussian", "score": "sign", "copies": 16}
     found = estimates(SMOOTHED["cubic"].loss, [0.7], 100_000, 1, **settings)[:, 0]
     unbiased = 3 * 0.7**2 + 3 * SIGMA**2
     assert (unbiased - found.mean()) / (found.std(ddof=1) / math.sqrt(len(found))) > BOUND + 3
@@ -179,7 +191,7 @@ def test_the_error_falls_as_one_over_the_root_of_the_copies(noise: str, score: s
     copies = np.array([2, 4, 8, 16, 32, 64])
     deviations, weights = [], []
     for seed, count in enumerate(copies):
-        settings = {"noise": noise, "score": score, "antithetic": antithetic, "copies": int(count)}
+        settings: dict[str, Any] = {"noise": noise, "score": score, "antithetic": antithetic, "copies": int(count)}
         found = estimates(lambda z: z.sin().sum(1) + z[:, 1], [0.4, -0.2, 0.9], 4000, 10 + seed, **settings)[:, 0]
         deviations.append(found.std(ddof=1))
         weights.append((relative_error_of_variance(found) / 2) ** -2)  # of the log of the deviation
@@ -196,7 +208,7 @@ def test_a_gaussian_sign_score_needs_half_pi_times_the_copies() -> None:
     slope = torch.tensor([0.0, 1.0, -0.5, 2.0, 0.3, -1.5], dtype=torch.float64)
     variances, errors = [], []
     for score in ("exact", "sign"):
-        settings = {"noise": "gaussian", "score": score, "copies": 2}
+        settings: dict[str, Any] = {"noise": "gaussian", "score": score, "copies": 2}
         found = estimates(lambda z: z @ slope, [0.1] * 6, 60_000, 3, **settings)[:, 0]
         variances.append(found.var(ddof=1))
         errors.append(relative_error_of_variance(found))
@@ -228,7 +240,7 @@ def test_antithetic_pairs_remove_even_orders() -> None:
 
 def test_the_clean_loss_is_the_baseline_of_copies_without_a_twin() -> None:
     """A constant in the loss changes nothing: without a baseline it would add c² / σ² to the variance."""
-    settings = {"noise": "gaussian", "copies": 2, "antithetic": False}
+    settings: dict[str, Any] = {"noise": "gaussian", "copies": 2, "antithetic": False}
     without = estimates(lambda z: z.square().sum(1), [0.3], 200, 6, **settings)
     with_constant = estimates(lambda z: z.square().sum(1) + 1e6, [0.3], 200, 6, **settings)
     np.testing.assert_allclose(with_constant, without, rtol=1e-6, atol=1e-8)

@@ -5,7 +5,7 @@ A test here that fails after an upgrade of torch says that torch changed: read i
 
 import copy
 import importlib.util
-import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +20,6 @@ from onward.compiler.driver import compile_model
 from onward.compiler.verify import graphs, perturbations, verify_graph
 from onward.passes import ops
 from onward.passes.graph import outputs, placeholders
-from onward.runtime import program as _  # noqa: F401  (registers the kernels)
 
 _aten = torch.ops.aten
 
@@ -31,6 +30,10 @@ def small(**settings):
     inputs = torch.randn(4, 6)
     estimator = onward.LikelihoodRatio(**{"copies": 4, **settings})
     return onward.compile(model, inputs, loss=F.cross_entropy, estimator=estimator), inputs, torch.tensor([0, 1, 2, 0])
+
+
+def calls(module):
+    return [node for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
 
 
 def step(program, inputs, target):
@@ -78,6 +81,12 @@ class TestHazard1BakedNoise:
         assert _aten.randn.default not in targets
 
 
+def without_common_subexpressions(module):
+    result = CSEPass()(module)
+    assert result is not None
+    return result.graph_module
+
+
 class TestHazard2MergedNoise:
     def test_common_subexpression_elimination_merges_two_randn_like(self):
         graph = fx.Graph()
@@ -86,7 +95,7 @@ class TestHazard2MergedNoise:
         graph.output(graph.call_function(_aten.sub.Tensor, (first, second)))
         module = fx.GraphModule({}, graph)
         assert module(torch.ones(9)).any()
-        assert not CSEPass()(module).graph_module(torch.ones(9)).any()  # two noises became one
+        assert not without_common_subexpressions(module)(torch.ones(9)).any()  # two noises became one
 
     def test_it_cannot_merge_the_noise_of_two_sites(self):
         torch.manual_seed(0)
@@ -101,7 +110,7 @@ class TestHazard2MergedNoise:
                 return self.shared(x) - self.shared(x)  # the same operation on the same operands, two sites
 
         compiled = compile_model(Twice(), (torch.randn(3, 4),), onward.LikelihoodRatio(copies=2, groups="joint"))
-        merged = CSEPass()(compiled.graph).graph_module
+        merged = without_common_subexpressions(compiled.graph)
         assert [node.args[4] for node in perturbations(merged)] == [0, 1]
         z = torch.zeros(3, 4)
         assert not torch.equal(perturb(z, site=0), perturb(z, site=1))
@@ -275,8 +284,8 @@ class TestHazard10BatchNormalisation:
         results = []
         for chunk in (None, 2):
             model = self.model().double()
-            settings = {"estimator": estimator.__class__(**{**estimator.__dict__, "chunk": chunk})}
-            program = onward.compile(model, x.double(), loss=F.cross_entropy, **settings)
+            chunked = replace(estimator, chunk=chunk)
+            program = onward.compile(model, x.double(), loss=F.cross_entropy, estimator=chunked)
             program.step(x.double(), target)
             results.append([parameter.grad for parameter in model.parameters()])
         for a, b in zip(*results, strict=True):
@@ -301,7 +310,7 @@ class TestHazard10BatchNormalisation:
                 z = self.linear(x)
                 return z - z.mean(0)
 
-        with pytest.raises(onward.errors.UnsupportedModelError, match="credit=.batch"):
+        with pytest.raises(onward.errors.UnsupportedModelError, match=r"credit=.batch"):
             onward.compile(Centred(), torch.randn(4, 6), loss=F.cross_entropy)
 
 
@@ -336,12 +345,11 @@ class TestHazard11Pairing:
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
 class TestHazard12Transformers:
     def test_a_small_transformer_enters_through_export(self):
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        config = GPT2Config(
+        transformers = importlib.import_module("transformers")
+        config = transformers.GPT2Config(
             vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
         )
-        model = GPT2LMHeadModel(config).eval()
+        model = transformers.GPT2LMHeadModel(config).eval()
         captured = capture(model, {"input_ids": torch.randint(0, 11, (2, 5))})
         assert captured.how == "export"
 
@@ -380,8 +388,7 @@ class TestHazard14LocalVjps:
         for gradient in self.compiled().gradients:
             reads = [node for node in placeholders(gradient.module) if node.meta["role"] == "value"]
             assert reads
-            text = io.StringIO(gradient.module.code).read()
-            assert "_(" not in text.replace("default(", "(").replace("__", "")
+            assert not any(str(node.target).split(".")[1].endswith("_") for node in calls(gradient.module))
 
 
 def test_a_numpy_black_box_is_called_outside_any_trace():

@@ -11,6 +11,7 @@ from torch import fx
 import onward
 from onward.compiler import verify as verifier
 from onward.compiler.driver import compile_model
+from onward.compiler.program import CompiledModel
 from onward.compiler.verify import graphs, perturbations, task_graph, verify, verify_graph, verify_history
 from onward.passes import ops
 from onward.passes.errors import VerificationError
@@ -89,7 +90,7 @@ class TestAccepts:
         assert min(spent) < 0.05 * sum(record.seconds for record in layerwise.history)
 
     def test_compile_calls_it(self, monkeypatch):
-        seen = []
+        seen: list[CompiledModel] = []
         monkeypatch.setattr("onward.compiler.driver.verify", seen.append)
         model, inputs, _ = build(Recipe())
         assert seen == [compile_model(model, inputs, onward.LikelihoodRatio(copies=2))]
@@ -289,7 +290,8 @@ def _change_layout(module, **changes):
 def _bypass(module):
     noise = perturbations(module)[0]
     user = next(iter(noise.users))
-    user.replace_input_with(noise, noise.args[0])
+    (point, *_) = noise.all_input_nodes
+    user.replace_input_with(noise, point)
 
 
 def _chained(dag, back=False):
@@ -308,7 +310,7 @@ def _noisy_stage(stage):
                 arguments = (z, copies, key, sigmas, 0, "gaussian", [1, 4], 0, 1, True)
                 noisy = module.graph.call_function(ops.perturb, arguments)
             noisy.meta["noise_of"] = 0
-            z.replace_all_uses_with(noisy, delete_user_cb=lambda user: user is not noisy)
+            z.replace_all_uses_with(noisy, delete_user_cb=lambda user, new=noisy: user is not new)
 
     return edited(stage, add)
 

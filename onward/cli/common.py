@@ -57,7 +57,10 @@ def set_up(model: str, common: Common, batch_size: int | None = None) -> Setup:
 
 
 def make_estimator(common: Common, recipe: Recipe) -> LikelihoodRatio:
-    """The estimator: what is given, else the paper's setting (``--alr``), else the recipe's."""
+    """The estimator: what is given, else the paper's setting (``--alr``), else the recipe's.
+
+    Options that learned feedback cannot have (``--groups layerwise``, ``--capture sign``, …) choose the plain estimator.
+    """
     given: dict[str, Any] = {
         "noise": common.noise,
         "score": common.score,
@@ -71,6 +74,7 @@ def make_estimator(common: Common, recipe: Recipe) -> LikelihoodRatio:
         "placement": common.placement,
         "feedback": common.feedback,
         "correction": common.correction,
+        "reach": common.reach,
         "probe": common.probe,
         "warmup": common.warmup,
         "trust": common.trust,
@@ -78,7 +82,15 @@ def make_estimator(common: Common, recipe: Recipe) -> LikelihoodRatio:
     settings = {key: value for key, value in given.items() if value is not None}
     if common.alr:
         return LikelihoodRatio.alr(**settings)
-    return LikelihoodRatio(**{**recipe.estimator, **settings})
+    return LikelihoodRatio(**{**(recipe.plain if _without_feedback(settings) else recipe.estimator), **settings})
+
+
+def _without_feedback(settings: dict[str, Any]) -> bool:
+    """Whether options ask for what learned feedback does not have, and none of them for feedback itself."""
+    needs = {"feedback": "learned", "placement": "alive", "groups": "joint", "capture": "exact", "score": "exact",
+             "credit": "sample", "antithetic": True}  # fmt: skip
+    differs = any(name in settings and settings[name] != needed for name, needed in needs.items())
+    return differs and settings.get("feedback") != "learned"
 
 
 def parse_groups(text: str) -> str | list[list[str]]:

@@ -141,6 +141,15 @@ class Common:
             rich_help_panel=_FEEDBACK,
         ),
     ] = None
+    reach: Annotated[
+        int | None,
+        Option(
+            metavar="HOPS",
+            help="With feedback, how many noise points on a gradient is predicted, and pulled back from by local "
+            "backpropagation; 0 has none. [dim]\\[default: 0][/dim]",
+            rich_help_panel=_FEEDBACK,
+        ),
+    ] = None
     probe: Annotated[
         float | None,
         Option(

@@ -1,14 +1,18 @@
 """Defaults of ``onward train`` for each model of the zoo: the one table to tune.
 
-``estimator`` holds arguments of `onward.LikelihoodRatio`; an option on the command line goes before it, and ``--alr``
-takes the settings of `onward.LikelihoodRatio.alr` in its place. With layerwise groups every site gets its own copies.
+``estimator`` and ``plain`` hold arguments of `onward.LikelihoodRatio`; an option on the command line goes before them, and
+``--alr`` takes the settings of `onward.LikelihoodRatio.alr` in their place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+
+def _feedback(**changes: Any) -> dict[str, Any]:
+    return {"placement": "alive", "groups": "joint", "feedback": "learned", "sigma": 0.1, **changes}
 
 
 @dataclass(frozen=True)
@@ -20,17 +24,19 @@ class Recipe:
     lr: float
     optimizer: str
     estimator: Mapping[str, Any]
+    plain: Mapping[str, Any] = field(default_factory=lambda: {"groups": "layerwise", "copies": 64, "sigma": 0.1})
+    """In place of `estimator` where options ask for what learned feedback does not have."""
 
 
 RECIPES: dict[str, Recipe] = {
-    #                  epochs  batch  lr    optimizer  estimator
-    "mlp": Recipe(15, 32, 3e-3, "adam", {"groups": "layerwise", "copies": 32, "sigma": 0.1}),
-    "resnet5": Recipe(15, 32, 5e-3, "adam", {"groups": "layerwise", "copies": 16, "sigma": 0.1}),
-    "resnet9": Recipe(15, 32, 2e-3, "adam", {"groups": "layerwise", "copies": 32, "sigma": 0.1}),
-    "vgg8": Recipe(15, 32, 2e-3, "adam", {"groups": "layerwise", "copies": 32, "sigma": 0.1}),
+    #                 epochs  batch  lr    optimizer  estimator
+    "mlp": Recipe(15, 32, 3e-3, "adam", _feedback(copies=2)),
+    "resnet5": Recipe(30, 32, 2e-3, "adam", _feedback(copies=4)),
+    "resnet9": Recipe(15, 32, 1e-3, "adam", _feedback(copies=4, reach=1)),
+    "vgg8": Recipe(15, 32, 1e-3, "adam", _feedback(copies=4, reach=1)),
 }
 
-OWN_MODEL = Recipe(15, 32, 2e-3, "adam", {"groups": "layerwise", "copies": 32, "sigma": 0.1})
+OWN_MODEL = Recipe(15, 32, 2e-3, "adam", _feedback(copies=4, reach=1))
 """For ``package.module:factory``."""
 
 
