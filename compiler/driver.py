@@ -76,6 +76,11 @@ def compile_model(model: nn.Module, example_inputs: Any, estimator: LikelihoodRa
     )
     points: list[int] | None = None
     if estimator.feedback == "learned":
+        if not captured.out_spec.is_leaf():
+            raise UnsupportedModelError(
+                'feedback="learned" needs a model that returns one tensor, not a structure of '
+                f'{captured.out_spec.num_leaves} value(s). Return the one that the loss reads, or use feedback="none".'
+            )
         run("extend_reach", lambda module: extend_reach(module, reach=estimator.reach))
         points = noise_points(history[-1].module)
     begun = time.perf_counter()

@@ -170,7 +170,7 @@ def _placeholders_have_a_role(module: fx.GraphModule) -> Iterator[Finding]:
 
 
 def _is_made_up(target: str) -> bool:
-    return target in (*RUNTIME_VALUES, "cotangent") or target.startswith("feedback.")
+    return target in (*RUNTIME_VALUES, "cotangent") or target.startswith(("feedback.", "weights."))
 
 
 def _outputs_are_described(module: fx.GraphModule) -> Iterator[Finding]:
@@ -474,8 +474,11 @@ def _crossing(compiled: CompiledModel, gradient: GradientSubgraph) -> set[str]:
     if gradient.source == "noise":
         return noise
     at = {site.output: site.index for site in compiled.sites}
-    feedback = {"error", *(f"feedback.{at[end]}" for end in gradient.site.ends if end in at)}
-    return feedback if gradient.source == "feedback" else noise | feedback
+    points = [at[end] for end in gradient.site.ends if end in at]
+    feedback = {"error", *(f"feedback.{point}" for point in points)}
+    if gradient.source == "feedback":
+        return feedback
+    return feedback | {"key", "draws", *(f"weights.{point}" for point in points)}
 
 
 def _downstream(node: fx.Node) -> set[fx.Node]:

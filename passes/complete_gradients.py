@@ -116,7 +116,7 @@ def _cotangent(
     terms = []
     if source in ("noise", "corrected"):
         key = add_runtime_placeholder(graph, "key", None)
-        weights = add_runtime_placeholder(graph, "weights", None)
+        weights = add_runtime_placeholder(graph, "weights" if source == "noise" else f"weights.{number}", None)
         if copies is not None:
             terms.append(graph.call_function(ops.weighted_noise, (weights, copies, key, number, noise, score, *where)))
         else:

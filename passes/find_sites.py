@@ -10,7 +10,8 @@ joins the site that feeds it, if nothing else reads that site: its statistics co
 clean run's (`share_prefixes`), so only the local vjp can know how they depend on the weights before them.
 
 With ``share_sums`` sites whose results meet in an addition that nothing bypasses (a block's last convolution and its
-shortcut) become one site with its noise at the sum: their gradients are the same there (DESIGN.md 10).
+shortcut) become one site with its noise at the sum: their gradients are the same there; and a group or layer normalisation that
+alone reads a site joins it, a cheap local chain that is known exactly (DESIGN.md 10).
 
 Writes ``meta["site"]`` (a `Site`) on the node whose value receives the noise.
 
@@ -21,6 +22,7 @@ Declines (with an error that names the parameter or the operation):
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,7 +98,7 @@ def find_sites(
             if reads_parameter and not node.meta.get("joined"):
                 found.append(node)
                 if join_statistics:
-                    _join(node)
+                    _join(node, NORMALIZATIONS if share_sums else ())
     meeting: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}
     for node in found:
         last = node.meta.pop("last", node)
@@ -127,9 +129,12 @@ def sites(module: fx.GraphModule) -> list[Site]:
     return sorted((node.meta["site"] for node in module.graph.nodes if "site" in node.meta), key=lambda s: s.index)
 
 
-def _join(node: fx.Node) -> None:
+NORMALIZATIONS = (torch.ops.aten.group_norm.default, torch.ops.aten.layer_norm.default)
+
+
+def _join(node: fx.Node, also: Collection[object]) -> None:
     users = list(node.users)
-    if len(users) == 1 and uses_batch_statistics(users[0]) and users[0].args[0] is node:
+    if len(users) == 1 and users[0].args[0] is node and (uses_batch_statistics(users[0]) or users[0].target in also):
         users[0].meta["joined"] = True
         node.meta["last"] = users[0]
 
@@ -248,6 +253,13 @@ def _check_reached(module: fx.GraphModule) -> None:
             else:
                 del node.meta["site"]
     _renumber(module)
+    for output, node in outputs(module):
+        placed = output.kind == "output" and isinstance(node, fx.Node)
+        if placed and (node.meta["kind"] == Kind.PARAMETER or node.meta.get("trainable")):
+            raise UnsupportedModelError(
+                f"the model returns {describe(node)}, an expression of trainable parameters alone, and no noise can show how "
+                "the loss depends on it. Return it detached (`.detach()`), or compute it in the loss."
+            )
     if not any(node.meta["trainable"] for node in placeholders(module, Role.PARAMETER)):
         raise UnreachedParameterError("the model has no trainable parameter: there is nothing to train.")
     missing = [

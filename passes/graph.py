@@ -201,7 +201,14 @@ def classify(module: fx.GraphModule) -> None:
             else:
                 node.meta["kind"] = Kind.ACTIVATION if role == Role.INPUT else Kind.CONSTANT
         elif node.op == "call_function":
-            node.meta["kind"] = _kind_of_call(node)
+            node.meta["kind"] = Kind.CONSTANT if _is_detached(node) else _kind_of_call(node)
+
+
+def _is_detached(node: fx.Node) -> bool:
+    """Whether the user cut a parameter off with ``.detach()``; of an activation it is passed by as its value."""
+    source = node.args[0] if node.args else None
+    detaches = node.target == torch.ops.aten.detach.default
+    return detaches and isinstance(source, fx.Node) and source.meta["kind"] != Kind.ACTIVATION
 
 
 def _kind_of_call(node: fx.Node) -> Kind:

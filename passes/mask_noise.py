@@ -110,12 +110,23 @@ def _max_pool(masks: _Masks, value: fx.Node, source: fx.Node, reader: fx.Node) -
 def _kept(masks: _Masks, value: fx.Node, source: fx.Node, reader: fx.Node) -> Mask:
     """Multiplication by a 0/1 mask that no noise reaches, such as dropout's."""
     other = next((argument for argument in reader.args if argument is not source), None)
-    if not isinstance(other, fx.Node) or other.meta.get("kind") != Kind.CONSTANT:
+    if not isinstance(other, fx.Node) or other.meta.get("kind") != Kind.CONSTANT or other.op == "placeholder":
         return None
     val = other.meta.get("val")
-    if not isinstance(val, torch.Tensor) or val.dtype != torch.bool or val.dim() != masks.point.meta["val"].dim():
+    if not isinstance(val, torch.Tensor) or val.dtype != torch.bool:
         return None
+    if other.meta.get("layout") != masks.point.meta["layout"]:
+        return None  # broadcast against the noise
+    _move_before(other, source)
     return other
+
+
+def _move_before(node: fx.Node, later: fx.Node) -> None:
+    """Compute `node` before `later`, on which it does not depend."""
+    if node.op == "call_function" and later < node:
+        for argument in node.all_input_nodes:
+            _move_before(argument, later)
+        later.prepend(node)
 
 
 def _pools(reader: fx.Node) -> bool:

@@ -36,7 +36,7 @@ def trace_gradients(module: fx.GraphModule, *, capture: str) -> dict[int, fx.Gra
 def captures_normalized(site: Site, core: fx.Node, capture: str) -> bool:
     """Whether the site's gradient is taken in terms of the normalised activation x̂ (see `passes.rules`)."""
     rule = rule_for(core.target)
-    if not rule.encodable or rule.normalize is None or _last(site, core) is not core:
+    if not rule.encodable or rule.normalize is None or _last(site, core) is not core or site.beyond:
         return False
     # recomputed from its input, a copy's x̂ would have the statistics of the copies beside it, not the clean run's
     return capture != "exact" or uses_batch_statistics(core)
@@ -126,11 +126,13 @@ def _copied_region(site: Site, nodes: dict[str, fx.Node]) -> tuple[fx.GraphModul
     """The region as a function ``(*operands, *parameters) -> values at the frontier``, and its operands' names.
 
     Behind the noise point parameters are operands like any other value: also one that the site itself reads (a tied
-    weight) is differentiated only where this site reads it, since its other reader has a subgraph of its own.
+    weight) is differentiated only where this site reads it, since its other reader has a subgraph of its own. So is a
+    node at the frontier where another one behind the noise point reads it: the gradient there counts that way already.
     """
     members = [nodes[name] for name in site.region]
     behind = [nodes[name] for name in site.beyond]
     own = {node for node in members if node.meta.get("kind") != Kind.PARAMETER} | set(behind)
+    own -= {nodes[name] for name in site.frontier if site.beyond}
     read = [source for node in behind for source in node.all_input_nodes if source not in own]
     operands = list(dict.fromkeys([*(nodes[name] for name in site.operands), *read]))
     graph = fx.Graph()

@@ -146,9 +146,8 @@ class _Step:
         self.perturbed.update(runtime)
         leaves = _leaves(self.perturbed)
         if self.estimator.feedback == "learned":
-            plus, minus = leaves[0].reshape(2, len(action.copies) // 2, probed, -1)
-            response = (plus - minus) / 2
-            self._check(response.flatten(2).sum(2), action, "output")
+            response = leaves[0].reshape(len(action.copies), probed, -1)
+            self._check(response.sum(2), action, "output")
             self.responses[action.run].append(response)
             if self.estimator.correction == "none":
                 return
@@ -164,7 +163,7 @@ class _Step:
         sites = [self.compiled.sites[index] for index in run.sites]
         clean = narrow(run.module, self.environment, self.given.samples, probed)
         alive = {site.index: clean.get(f"value:{run.alive.get(site.index)}") for site in sites}
-        response = torch.cat(self.responses[action.run])
+        response = self._differences(self.responses[action.run]) / 2
         probe = Probe(response, self.error[:probed], alive, self.executor.draws, self.environment["runtime:key"])
         self.result.feedback, predicted = learn(state, probe, sites, self.executor.sigmas, self.estimator.noise)
         if self.estimator.correction == "full":
@@ -174,7 +173,12 @@ class _Step:
     def gradient(self, action: Gradient) -> None:
         subgraph, description = self.executor.gradients[action.site]
         given: Environment = {}
-        if not description.from_clean:
+        if description.source == "corrected":
+            assert self.unexplained is not None
+            for run in self.compiled.runs:
+                for site in run.sites:
+                    given[f"runtime:weights.{site}"] = self.unexplained / (self.executor.sigmas[site] * self.estimator.draws)
+        elif not description.from_clean:
             given["runtime:weights"] = self._weights(description)
         sources = (given, self.perturbed, self.environment) if description.per_copy else (given, self.environment)
         for key, value in subgraph(*sources).items():
@@ -200,9 +204,6 @@ class _Step:
         """The losses' weights in the estimate (1), (4), with σ, the mean over copies and over samples divided out."""
         estimator, samples = self.estimator, self.given.samples
         scale = self.executor.sigmas[gradient.site.index] * estimator.draws
-        if gradient.source == "corrected":
-            assert self.unexplained is not None
-            return self.unexplained / scale
         losses = self.losses[gradient.run]
         if estimator.credit == "sample":
             scale *= samples
@@ -217,7 +218,7 @@ class _Step:
         return weights.expand(-1, samples).contiguous()
 
     def _differences(self, losses: list[Tensor]) -> Tensor:
-        """ℓ⁺ − ℓ⁻ of every pair, in the order of the draws."""
+        """ℓ⁺ − ℓ⁻ of every pair (or the outputs' difference), in the order of the draws."""
         if self.compiled.sequential:
             return torch.cat([plus - minus for plus, minus in zip(losses[::2], losses[1::2], strict=True)])
         return torch.cat([plus - minus for plus, minus in (chunk.chunk(2) for chunk in losses)])

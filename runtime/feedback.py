@@ -104,7 +104,9 @@ def learn(
 
     ``J_i += μ mean(ε_i ⊗ (Δo − Σ_j J_jᵀ ε_j))``, each coordinate's mean over the samples in which it is alive, with
     ``μ = min(max(0.05, 1/step), N / (N + d))``: N samples x draws, d the coordinates that received noise. Beyond the second
-    bound the iteration diverges.
+    bound the iteration diverges. It also would where a sample is alive in many coordinates that are dead in most others:
+    with ``T = Σ 1/share`` over a sample's alive coordinates (d on average) its residual counts ``min(1, d / T)``. Then
+    ``E[A²] ≤ (1 + d / N) diag(A)`` for the update's matrix A (Rademacher noise), so the expected square error never grows.
 
     Returns:
         The new state, and the response that the old one predicted, ``(draws, samples, outputs)``.
@@ -126,9 +128,10 @@ def learn(
     step = min(max(SLOW_STEP, 1.0 / (state.steps + 1)), count / (count + coordinates))
     jacobians, slopes = {}, {}
     along_residual = (residual * error).sum(1)
+    weighted = residual * _sample_weights(sites, probe, shares, coordinates).repeat(draws)[:, None]
     for site in sites:
         index = site.index
-        mean = rows[index].T @ residual / count
+        mean = rows[index].T @ weighted / count
         scale = step / sigmas[index] / shares[index].clamp_min(1.0 / count)
         jacobians[index] = state.jacobians[index] + scale[:, None] * mean
         along = (predicted[index] * error).sum(1)
@@ -158,6 +161,19 @@ def _alive_share(site: Site, probe: Probe, like: Tensor) -> Tensor:
     if mask is None:
         return like.new_ones(site.layout.elements)
     return to_rows(mask, site.layout, probe.response.shape[1]).to(like.dtype).mean(0)
+
+
+def _sample_weights(sites: list[Site], probe: Probe, shares: dict[int, Tensor], coordinates: int) -> Tensor:
+    """``min(1, d / T)`` of every sample (see `learn`), ``(samples,)``."""
+    samples = probe.response.shape[1]
+    total = probe.response.new_zeros(samples)
+    for site in sites:
+        mask = probe.alive.get(site.index)
+        if mask is None:
+            total += site.layout.elements
+        else:
+            total += to_rows(mask, site.layout, samples).to(total.dtype) @ shares[site.index].clamp_min(1 / samples).reciprocal()
+    return (coordinates / total.clamp_min(1)).clamp_max(1)
 
 
 def to_rows(value: Tensor, layout: Layout, rows: int) -> Tensor:

@@ -27,14 +27,15 @@ _SITE = (1 << 24) - 1
 class OutputError:
     """``(output, target, key) -> (losses (N,), error (N, outputs))``, the error being that of the mean loss.
 
-    A loss with a derivative is traced once to a graph, so that no autograd graph is built while training. A black box (a
+    A loss with a derivative is traced once to a graph (once a batch size if its code depends on it, as by ``len(output)``),
+    so that no autograd graph is built while training. A black box (a
     loss that cannot be traced, or has no derivative) is differentiated by likelihood ratio at the output, which is one
     more site: perturbed outputs, `BLACK_BOX_DRAWS` pairs of them, but no perturbed model.
     """
 
     def __init__(self, loss: SampleLoss) -> None:
         self.loss = loss
-        self._graph: fx.GraphModule | None = None
+        self._graphs: dict[int | None, fx.GraphModule | None] = {}  # by batch size; None is any
         self._traced_for: Any = None
 
     def __call__(self, output: Tensor, target: Any, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,9 +50,15 @@ class OutputError:
             return None
         described = (output.shape[1:], output.dtype, target.shape[1:], target.dtype, output.device)
         if self._traced_for != described:
-            self._graph = _trace(self.loss, output, target)
+            general = _trace(self.loss, output, target, free=True)
+            self._graphs = {} if general is None else {None: general}
             self._traced_for = described
-        return self._graph
+        if None in self._graphs:
+            return self._graphs[None]
+        samples = output.shape[0]
+        if samples not in self._graphs:
+            self._graphs[samples] = _trace(self.loss, output, target, free=False)
+        return self._graphs[samples]
 
     def _estimate(self, output: Tensor, target: Any, key: Tensor) -> Tensor:
         samples = output.shape[0]
@@ -67,12 +74,20 @@ class OutputError:
         return ops.weighted_noise_sum(weights, draws, key, _SITE, "gaussian", "exact", *where)
 
 
+def _equates_sizes(guard: Any) -> bool:
+    """Whether a guard of the trace only says that output and target have the same number of samples."""
+    return bool(guard.is_Relational and guard.rel_op == "==" and guard.lhs.is_Symbol and guard.rhs.is_Symbol)
+
+
 class _BlackBoxError(Exception):
     pass
 
 
-def _trace(loss: SampleLoss, output: Tensor, target: Tensor) -> fx.GraphModule | None:
-    """The graph of ``(output, target) -> ∂ Σ losses / ∂ output`` with a free batch size; None for a black box."""
+def _trace(loss: SampleLoss, output: Tensor, target: Tensor, *, free: bool) -> fx.GraphModule | None:
+    """The graph of ``(output, target) -> ∂ Σ losses / ∂ output``, for a `free` batch size or this one.
+
+    None for a black box, and where a free batch size is asked for but the loss's code depends on it.
+    """
 
     def gradient(output: Tensor, target: Tensor) -> Tensor:
         leaf = output.detach().requires_grad_()
@@ -90,13 +105,15 @@ def _trace(loss: SampleLoss, output: Tensor, target: Tensor) -> fx.GraphModule |
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
     fakes = []
     for tensor in (output, target):
-        two = torch.cat([tensor, tensor]) if tensor.shape[0] == 1 else tensor  # a size of 1 would be a constant
-        dynamic = [DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (tensor.dim() - 1)]
+        two = torch.cat([tensor, tensor]) if free and tensor.shape[0] == 1 else tensor  # a size of 1 would be a constant
+        dynamic = [DimDynamic.DYNAMIC if free else DimDynamic.STATIC, *[DimDynamic.STATIC] * (tensor.dim() - 1)]
         fakes.append(mode.from_tensor(two, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic)))
     try:
         with mode, torch.no_grad():
             graph = make_fx(gradient, _allow_non_fake_inputs=True)(*fakes)
     except _BlackBoxError:
+        return None
+    if any(not _equates_sizes(guard.expr) for guard in mode.shape_env.guards):  # type: ignore[union-attr]
         return None
     graph.graph.eliminate_dead_code()
     graph.recompile()

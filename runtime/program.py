@@ -67,6 +67,7 @@ class Program:
             self._output_error = OutputError(self.loss)
             self.feedback = self._initial_feedback()
 
+    @torch.inference_mode(False)  # ``.grad`` and buffers outlive the caller's inference mode
     def step(self, inputs: Any, target: Any) -> Tensor:
         """Estimate the gradient of the mean loss on a batch and add it to every trainable parameter's ``.grad``.
 
@@ -120,9 +121,11 @@ class Program:
         """
         trusted = {name: 1.0 for name, (trainable, _) in self._parameters.items() if trainable}
         if self.feedback is not None and self.compiled.estimator.trust:
+            at = {site.output: site.index for site in self.compiled.sites}
             for gradient in self.compiled.gradients:
+                trust = min(self.feedback.trust(at[end]) if end in at else 1.0 for end in gradient.site.ends)
                 for name in gradient.site.parameters:
-                    trusted[name] = min(trusted[name], self.feedback.trust(gradient.site.index))
+                    trusted[name] = min(trusted[name], trust)
         return trusted
 
     def state_dict(self) -> dict[str, Tensor | int | float]:
@@ -265,7 +268,9 @@ class Program:
 
     def _commit(self, result: StepResult, samples: int) -> None:
         estimator = self.compiled.estimator
-        warming_up = self.feedback is not None and self.feedback.steps < estimator.warmup
+        # without a noise point (a reach beyond the last) there is nothing to learn first
+        learns = self.feedback is not None and bool(self.feedback.jacobians)
+        warming_up = learns and self.feedback.steps < estimator.warmup  # type: ignore[union-attr]
         with torch.no_grad():
             for name, gradient in result.gradients.items():
                 parameter = self.model.get_parameter(name)
