@@ -123,13 +123,20 @@ def _cotangent(
             draws = add_runtime_placeholder(graph, "draws", None)
             terms.append(graph.call_function(ops.weighted_noise_sum, (weights, draws, key, number, noise, score, *where)))
     if source in ("feedback", "corrected"):
-        error = add_runtime_placeholder(graph, "error", None)
-        jacobian = add_runtime_placeholder(graph, f"feedback.{number}", None)
+        error = _error(graph, end.graph)
+        learned = error.meta["val"].new_empty(layout.elements, error.meta["val"].shape[1])
+        jacobian = add_runtime_placeholder(graph, f"feedback.{number}", learned)
         rows = graph.call_function(_aten.mm.default, (error, graph.call_function(_aten.t.default, (jacobian,))))
         terms.append(from_rows(graph, rows, layout))
     if source == "error":
-        terms.append(from_rows(graph, add_runtime_placeholder(graph, "error", None), layout))
+        terms.append(from_rows(graph, _error(graph, end.graph), layout))
     return terms[0] if len(terms) == 1 else graph.call_function(_aten.add.Tensor, tuple(terms))
+
+
+def _error(graph: fx.Graph, whole: fx.Graph) -> fx.Node:
+    """The placeholder of ``e``, ``(N, outputs)``, like the model's output."""
+    val = next(iter(model_outputs(whole))).meta["val"]
+    return add_runtime_placeholder(graph, "error", val.new_empty(val.shape[0], val[0].numel()))
 
 
 def model_outputs(graph: fx.Graph) -> set[fx.Node]:

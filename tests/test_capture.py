@@ -423,7 +423,9 @@ def test_random_operations_are_the_same_for_all_copies(name: str, build: Callabl
 
     estimator = onward.LikelihoodRatio(copies=4, sigma=1e-6, groups="joint")
     program = onward.compile(build(), torch.randn(N, 5), loss=loss, estimator=estimator)
-    means = [float(program.step(torch.randn(N, 5, generator=torch.Generator().manual_seed(0)), LABELS)) for _ in range(2)]
+    means = [
+        float(program.step(torch.randn(N, 5, generator=torch.Generator().manual_seed(0)), LABELS)) for _ in range(2)
+    ]
     assert means[0] != means[1]
     for clean, perturbed in zip(losses[::2], losses[1::2], strict=True):
         torch.testing.assert_close(perturbed.reshape(4, N), clean.expand(4, N), rtol=1e-3, atol=1e-3)

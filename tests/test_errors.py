@@ -217,7 +217,9 @@ class Detached(Base):
 @pytest.mark.parametrize("model", [Binarised, Rounded, Detached])
 def test_a_weight_behind_an_operation_without_derivative(model: type[nn.Module]) -> None:
     message = raised(UnreachedParameterError, lambda: compiled(model()))
-    assert message.startswith("the parameter 'first.weight' has no local derivative at aten.linear in the model's own forward")
+    assert message.startswith(
+        "the parameter 'first.weight' has no local derivative at aten.linear in the model's own forward"
+    )
     assert "test_errors.py" in message
     assert "return self.head(F.linear(" in message
     assert "keep the operation without derivative on the activations" in message
@@ -320,7 +322,9 @@ def test_export_fails(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         message = raised(CaptureError, lambda: compiled(model()))
-    assert message.startswith(f"{model.__name__} could not be captured with a dynamic batch size. Tried:\n  torch.export: ")
+    assert message.startswith(
+        f"{model.__name__} could not be captured with a dynamic batch size. Tried:\n  torch.export: "
+    )
     for part in parts:
         assert part in message
     assert "TORCH_LOGS" not in message
@@ -391,7 +395,12 @@ class WithBuffers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.norm, self.drop, self.head = nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.2), nn.Linear(4, 3)
+        self.first, self.norm, self.drop, self.head = (
+            nn.Linear(5, 4),
+            nn.BatchNorm1d(4),
+            nn.Dropout(0.2),
+            nn.Linear(4, 3),
+        )
 
     def forward(self, x: Tensor) -> Any:
         return self.head(self.drop(self.norm(self.first(x)).relu()))
@@ -504,7 +513,9 @@ def test_non_finite_loss_says_which_copy() -> None:
 def test_non_finite_loss_of_a_batch() -> None:
     values = iter([1.0, 1.0, float("nan"), 1.0, 1.0])
     program = compiled(small(), loss=lambda o, y: next(values), credit="batch", groups="joint")
-    assert raised(NonFiniteLossError, lambda: program.step(batch(), LABELS)).startswith("the loss of copy 1 is nan with")
+    assert raised(NonFiniteLossError, lambda: program.step(batch(), LABELS)).startswith(
+        "the loss of copy 1 is nan with"
+    )
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

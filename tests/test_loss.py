@@ -117,7 +117,9 @@ def test_batch_loss() -> None:
 def make_program(loss: Any, **settings: Any) -> onward.Program:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, CLASSES))
-    return onward.compile(model, torch.zeros(N, 5), loss=loss, estimator=onward.LikelihoodRatio(**{"copies": 8, **settings}))
+    return onward.compile(
+        model, torch.zeros(N, 5), loss=loss, estimator=onward.LikelihoodRatio(**{"copies": 8, **settings})
+    )
 
 
 def gradients(program: onward.Program, target: Any = LABELS) -> Tensor:
