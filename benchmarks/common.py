@@ -10,18 +10,19 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
-from onward.runtime.checkpoint import versions
+
+from onward.runtime.versions import versions
 
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
-"""``"cpu"`` counts the time this process was running, waiting excluded: for one thread on a machine shared with others."""
+"""``"cpu"`` is the time this process ran, waiting excluded: for one thread on a machine shared with others."""
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -76,16 +77,18 @@ class Spread:
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], object]], rounds: int, clock: Clock, device: torch.device, warmup: int = 2
+    variants: Mapping[str, Callable[[], object]], rounds: int, clock: Clock, device: torch.device, warmup: int = 1
 ) -> dict[str, list[float]]:
     """Seconds of every variant in every round: A B C A B C …, so that what disturbs the machine disturbs all alike.
 
-    The n-th times of all variants are of the same round: compare those. Every other round runs backwards.
+    The n-th times of all variants are of the same round: compare those. Every other round runs backwards. In each, a
+    variant runs once uncounted first: as in training, where a step follows a step, it finds its own data in the caches.
     """
     names = list(variants)
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
         for name in names if number % 2 == 0 else reversed(names):
+            variants[name]()
             synchronize(device)
             begun = clock()
             variants[name]()
@@ -141,15 +144,16 @@ class Stopwatch:
 def peak_memory(prepare: Callable[..., Callable[[], object]], *args: Any) -> float:
     """MiB by which memory grows at most while ``prepare(*args)()`` runs again, in a fresh process.
 
-    The second call counts, so what stays (gradients, caches) is not in it. On a CPU: the high-water mark of the resident
-    set above its level before the call (Linux resets the mark on request; elsewhere the growth of ``ru_maxrss``, which
-    misses what fits below the peak of the compiler). On a GPU: torch's allocator. NumPy's buffers are counted on a CPU.
+    The second call counts, so what stays (gradients, caches) is not in it. On a CPU: the high-water mark of the
+    resident set, NumPy's buffers included, above its level before the call (Linux resets the mark on request; elsewhere
+    the growth of ``ru_maxrss``, which misses what fits below the peak of the compiler). On a GPU: torch's allocator.
     """
-    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else None)
-    if context.get_start_method() == "forkserver":
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(method)
+    if method == "forkserver":
         context.set_forkserver_preload(["torch", "onward"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(sender, torch.get_num_threads(), prepare, args))  # type: ignore[attr-defined]
+    process = context.Process(target=_measure, args=(sender, torch.get_num_threads(), prepare, args))
     process.start()
     sender.close()
     try:
@@ -192,10 +196,8 @@ def _trim_heap() -> None:
 
 def _reset_high_water() -> int:
     """KiB that are resident now; the high-water mark starts anew from there, if the system can do that."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
     return _status("VmRSS") or _high_water()
 
 

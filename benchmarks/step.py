@@ -3,15 +3,15 @@
     python benchmarks/step.py --threads 1
     python benchmarks/step.py --models resnet5 --copies 16 --profile --json step.json
 
-The limit of a step is inference: the model in eval mode, under ``no_grad``, on as many samples as the step runs forwards
-of (the clean batch, and the batch tiled as often as there are copies; a suffix counts by its share of the FLOPs). All
-variants run in turn, A B C A B C …, and every ratio is formed within a round: medians and quartiles of those are printed.
+The limit of a step is inference: the model in eval mode, under ``no_grad``, on as many samples as the step runs
+forwards of (the clean batch, and the batch tiled as often as there are copies; a suffix counts by its share of the
+FLOPs). All variants run in turn, A B C A B C …, and every ratio is formed within a round: medians and quartiles of
+those are printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from common import CLOCKS, Clock, Spread, Stopwatch, describe, interleave, machine, peak_memory, synchronize
 from naive import NaiveLikelihoodRatio
-from onward import LikelihoodRatio, Program, models
-from onward import compile as compile_program
-from onward.passes import ops
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+
+from onward import LikelihoodRatio, Program, models
+from onward import compile as compile_program
+from onward.passes import ops
 
 Step = Callable[[], object]
 
@@ -147,13 +148,11 @@ def measure(model: str, copies: list[int], options: argparse.Namespace, device: 
     for (name, count), program in programs.items():
         share = sum(run.share for run in program.compiled.runs)
         step, naive = times[f"onward {name} {count}"], times[f"naive {SETTINGS[name].encode} {count}"]
-        limit = [one + share * tiled for one, tiled in zip(times["inference 1"], times[f"inference {count}"], strict=True)]
-        rows.append(
-            Row(
-                model, name, count, 1 + share * count, in_ms(step), in_ms(limit), ratio(step, limit), ratio(step, naive),
-                ratio(step, times["backpropagation"]), *measure_memory(model, name, count, options, device),
-            )  # fmt: skip
-        )
+        clean, tiled = times["inference 1"], times[f"inference {count}"]
+        limit = [one + share * all_copies for one, all_copies in zip(clean, tiled, strict=True)]
+        memory = measure_memory(model, name, count, options, device)
+        ratios = (ratio(step, limit), ratio(step, naive), ratio(step, times["backpropagation"]))
+        rows.append(Row(model, name, count, 1 + share * count, in_ms(step), in_ms(limit), *ratios, *memory))
     return rows
 
 
@@ -261,7 +260,7 @@ def _timed_operators(watch: Stopwatch) -> _Patched:
 def _timed_learning(watch: Stopwatch) -> _Patched:
     from onward.runtime import executor
 
-    return _Patched((executor, "learn", watch.wrap("learning", executor.learn)))
+    return _Patched((executor, "learn", watch.wrap("learning", vars(executor)["learn"])))
 
 
 # ---------------------------------------------------------------------------------------------------------- printing
@@ -269,7 +268,7 @@ def _timed_learning(watch: Stopwatch) -> _Patched:
 
 def time_table(model: str, batch: int, rows: list[Row]) -> Table:
     """What was measured of one model."""
-    table = Table(title=f"{model}, batch of {batch}: time of a step, median [quartiles]", title_justify="left")
+    table = Table(title=f"{model}, batch of {batch}: time of a step (medians, quartiles)", title_justify="left")
     table.add_column("setting")
     for heading in ("copies", "forwards", "step, ms", "limit, ms", "÷ limit", "÷ naive", "÷ backprop."):
         table.add_column(heading, justify="right")
@@ -307,7 +306,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--copies", nargs="+", type=int, default=[16, 64], metavar="K")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
     parser.add_argument("--batch", type=int, default=64, metavar="N")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds, after two of warm-up")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds, after one of warm-up")
     parser.add_argument("--threads", type=int, help="torch's threads; with 1, others on the machine disturb least")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: waiting not counted")
     parser.add_argument("--device", default="cpu")

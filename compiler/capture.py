@@ -152,8 +152,8 @@ def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise BatchError(
-            f"the example inputs do not fit {type(model).__name__}.forward: {error}. Pass a tensor, a tuple of positional "
-            "arguments, or a dict of keyword arguments."
+            f"the example inputs do not fit {type(model).__name__}.forward: {error}. Pass a tensor, a tuple of "
+            "positional arguments, or a dict of keyword arguments."
         ) from error
     except ValueError:  # no signature to be had
         return
@@ -166,9 +166,9 @@ def _check_static(module: fx.GraphModule) -> None:
         parts = val.shape if isinstance(val, Tensor) else val if isinstance(val, (tuple, list)) else (val,)
         if any(isinstance(part, _SYMBOLIC) and free_unbacked_symbols(part) for part in parts):
             raise UnsupportedModelError(
-                f"{describe(node)} makes a Python number or a shape of a tensor's values, which would have to be the same "
-                "for all samples and copies. Keep it a tensor: without .item(), and with torch.where or a mask instead of "
-                "nonzero, masked_select or boolean indexing."
+                f"{describe(node)} makes a Python number or a shape of a tensor's values, which would have to be the "
+                "same for all samples and copies. Keep it a tensor: without .item(), and with torch.where or a mask instead "
+                "of nonzero, masked_select or boolean indexing."
             )
 
 
@@ -229,7 +229,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
 
 
 _ADVERTISEMENTS = (
-    "For more", "For extended", "For C++", "If you suspect", "The error above", "Use tlparse", "Developer debug context", "Set TORCHDYNAMO",
+    "For more", "For extended", "For C++", "If you suspect", "The error above", "Use tlparse", "Developer debug context",
+    "Set TORCHDYNAMO",
     "consider using data-dependent", "Caused by: (_export",
 )  # fmt: skip
 """How lines begin that advertise torch's own debugging and say nothing of the model."""

@@ -101,7 +101,7 @@ def probe_copies(
 
 
 def copy_of(tiled: Any, layout: Layout | None, index: int, copies: int) -> Any:
-    """Copy `index` of a tiled tensor (rows ``(outer, copies, N, inner)``); without a batch dimension the tensor itself."""
+    """Copy `index` of a tiled tensor (rows ``(outer, copies, N, inner)``); itself if it has no batch dimension."""
     if copies == 1 or layout is None or not layout.batched:
         return tiled
     rows = tiled.unflatten(layout.dim, (layout.outer, copies, -1)).select(layout.dim + 1, index)

@@ -1,4 +1,4 @@
-"""What ``onward inspect`` knows of a compiled model: plain data (`examine`), and that data as text.
+"""What ``onward inspect`` knows of a compiled model, as plain data; or of one that does not compile (`refusal`).
 
 Every number is of one sample: FLOPs are those of matrix products and convolutions, two a multiply-add; bytes are those
 of the captured activations. Nothing here prints, runs the model or needs the runtime.
@@ -6,39 +6,24 @@ of the captured activations. Nothing here prints, runs the model or needs the ru
 
 from __future__ import annotations
 
-import difflib
-import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import fx, nn
 
 from ..passes import ops
-from ..passes.errors import BatchError, OnwardError, UnreachedParameterError, UnsupportedModelError, unknown_name
+from ..passes.errors import BatchError, OnwardError, UnreachedParameterError, UnsupportedModelError
 from ..passes.find_sites import Site
 from ..passes.graph import Role, operation_name, placeholders
 from ..passes.insert_captures import Capture
-from ..passes.locate_samples import batch_symbol
-from ..passes.rules import Rule, rule_for, support_matrix
+from ..passes.rules import Rule, rule_for
 from .capture import capture
 from .cost import count_flops, total_flops
-from .driver import node_count, resolve_sigmas
+from .driver import node_count
 from .program import CompiledModel, GradientSubgraph
-from .source import file_of, function_of
-
-WIDTH = 100
-"""Columns of every text."""
-
-_NO_BREAK = "\N{NO-BREAK SPACE}"
-
-PARTS = {
-    "share_prefixes": "one perturbed run a group of sites, behind the clean prefix that all copies share",
-    "split_stages": "the stages of the clean run",
-    "complete_gradients": "one standalone gradient subgraph a site",
-}
-"""Passes whose result is several graphs; they follow the passes over the one-copy graph."""
+from .site_options import resolve_sigmas
 
 
 @dataclass(frozen=True)
@@ -165,9 +150,6 @@ class Refusal:
         return {"supported": False, **asdict(self)}
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
 def examine(compiled: CompiledModel, *, name: str, plan: str = "") -> Report:
     """The report of a compiled model called `name`; `plan` is its plan as text (the runtime's, which makes it)."""
     everything = placeholders(compiled.graph, Role.PARAMETER)
@@ -181,7 +163,7 @@ def examine(compiled: CompiledModel, *, name: str, plan: str = "") -> Report:
         num_tensors=len(trainable),
         frozen=tuple(node.meta["target"] for node in everything if not node.meta["trainable"]),
         estimator=compiled.estimator.to_json(),
-        passes=_passes(compiled),
+        passes=pass_reports(compiled),
         sites=_sites(compiled),
         num_stages=len(compiled.stages),
         runs=tuple(
@@ -222,7 +204,8 @@ def refusal(model: nn.Module, example_inputs: Any, error: OnwardError, *, name: 
     return Refusal(name, type(error).__name__, str(error), captured, operations, suggestion)
 
 
-def _passes(compiled: CompiledModel) -> tuple[PassReport, ...]:
+def pass_reports(compiled: CompiledModel) -> tuple[PassReport, ...]:
+    """What every pass changed, in order."""
     reports = []
     before: dict[str, int] = {}
     for record in compiled.history:
@@ -320,335 +303,3 @@ def _notes(compiled: CompiledModel) -> Iterable[str]:
     ]
     if shared:
         yield f"read at several sites, whose gradients are summed: {', '.join(shared)}."
-
-
-# --- graphs -----------------------------------------------------------------------------------------------------------
-
-
-def pass_names(compiled: CompiledModel) -> list[str]:
-    """The names that `graphs_after` knows: the passes in order, then `PARTS`."""
-    return [*(record.name for record in compiled.history), *PARTS]
-
-
-def graphs_after(compiled: CompiledModel, name: str) -> dict[str, fx.GraphModule]:
-    """The graph after a pass, by a name that can stand in a file; several for `PARTS`.
-
-    Raises:
-        UnknownNameError: no pass has this name; the message shows the nearest.
-    """
-    if name == "share_prefixes":
-        return {run.name: run.module for run in compiled.runs}
-    if name == "split_stages":
-        return {f"stage_{index}": stage for index, stage in enumerate(compiled.stages)}
-    if name == "complete_gradients":
-        return {gradient.name: gradient.module for gradient in compiled.gradients}
-    for record in compiled.history:
-        if record.name == name:
-            return {f"after_{name}": record.module}
-    raise unknown_name("pass", name, pass_names(compiled))
-
-
-def all_graphs(compiled: CompiledModel) -> dict[str, fx.GraphModule]:
-    """Every graph there is: after each pass, then the stages, perturbed runs and gradient subgraphs."""
-    return {key: module for name in pass_names(compiled) for key, module in graphs_after(compiled, name).items()}
-
-
-def python(compiled: CompiledModel, name: str | None = None, *, model: str = "model") -> str:
-    """A Python file with the graphs before and after the pass `name`, or with all graphs."""
-    batch = batch_symbol(compiled.captured.module)
-    if name is None:
-        return file_of(all_graphs(compiled), f"{model}: the graph after every pass, and what is run.", batch)
-    modules = graphs_after(compiled, name)
-    if name in PARTS:
-        return file_of(modules, f"{model}, {name}: {PARTS[name]}.", batch)
-    previous = _before(compiled, name)
-    if previous is not None:
-        modules = {f"before_{name}": previous, **modules}
-    return file_of(modules, f"{model} before and after {name}.", batch)
-
-
-def sources(compiled: CompiledModel, graphs: Mapping[str, fx.GraphModule]) -> dict[str, str]:
-    """Each graph as a Python function, by name."""
-    batch = batch_symbol(compiled.captured.module)
-    return {name: function_of(module, name, batch) for name, module in graphs.items()}
-
-
-def _before(compiled: CompiledModel, name: str) -> fx.GraphModule | None:
-    position = [record.name for record in compiled.history].index(name)
-    return compiled.history[position - 1].module if position else None
-
-
-def pass_text(compiled: CompiledModel, name: str, *, model: str = "model") -> str:
-    """What a pass did: its time, the operations it added and removed, and the graph after it with changed lines marked.
-
-    ``+`` marks a line that the pass added, ``-`` one that it removed.
-    """
-    batch = batch_symbol(compiled.captured.module)
-    modules = graphs_after(compiled, name)
-    if name in PARTS:
-        sources = [function_of(module, key, batch) for key, module in modules.items()]
-        return "\n\n".join([f"{model}, {name}: {PARTS[name]}.\n", *sources])
-    record = next(record for record in compiled.history if record.name == name)
-    report = next(one for one in _passes(compiled) if one.name == name)
-    change = describe_change(report.change).replace(_NO_BREAK, " ")
-    lines = [
-        f"{model}, {name}: {report.operations} operations ({change}), {_time(record.seconds)}",
-        "",
-    ]
-    after = function_of(record.module, f"after_{name}", batch).splitlines()
-    previous = _before(compiled, name)
-    if previous is None:
-        return "\n".join([*lines, *after]) + "\n"
-    before = function_of(previous, f"after_{name}", batch).splitlines()
-    if before == after:
-        lines[1:] = [_unchanged(name), ""]
-    for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(a=before, b=after, autojunk=False).get_opcodes():
-        if tag == "equal":
-            lines += [f"  {line}" for line in after[j1:j2]]
-        else:
-            lines += [f"- {line}" for line in before[i1:i2]] + [f"+ {line}" for line in after[j1:j2]]
-    return "\n".join(lines) + "\n"
-
-
-def _unchanged(name: str) -> str:
-    if name == "trace_gradients":
-        return "It leaves this graph as it is; the subgraphs it traced are completed: --pass complete_gradients."
-    return "It writes facts on the nodes and leaves the operations as they are."
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
-def text(report: Report) -> str:
-    """The report at `WIDTH` columns: overview, passes, sites, perturbed runs, gradient subgraphs, plan."""
-    parts = [
-        _overview(report),
-        "Passes\n" + _pass_table(report),
-        "Sites\n" + _site_table(report),
-        "Perturbed runs\n" + _run_table(report),
-        "Gradient subgraphs\n" + _subgraph_table(report),
-    ]
-    if report.plan:
-        parts.append("Plan of a step (F stage, P run.chunk, G site)\n" + _wrap(report.plan, "  "))
-    if report.notes:
-        parts.append("Notes\n" + "\n".join(_wrap(note, "  · ") for note in report.notes))
-    return "\n\n".join(parts) + "\n"
-
-
-def refusal_text(refused: Refusal) -> str:
-    """The refusal at `WIDTH` columns."""
-    lines = [f"{refused.model} does not compile: {refused.error}", ""]
-    for paragraph in refused.reason.splitlines():
-        indent = " " * (len(paragraph) - len(paragraph.lstrip()))
-        lines.append(_wrap(paragraph.strip(), "  " + indent) if paragraph.strip() else "")
-    if refused.suggestion:
-        lines += ["", _wrap(refused.suggestion, "  → ")]
-    lines.append("")
-    if refused.captured:
-        counts = ", ".join(f"{count} {name}" for name, count in sorted(refused.operations.items()))
-        lines.append(_wrap(f"It was captured, with these operations: {counts}.", "  "))
-    else:
-        lines.append("  It could not be captured, so no more can be said of its operations.")
-    return "\n".join(lines) + "\n"
-
-
-def rules_text() -> str:
-    """The support matrix: what is special about the gradient of which operation."""
-    grouped: dict[tuple[str, str], list[str]] = {}
-    for operation, rule, note in support_matrix():
-        grouped.setdefault((rule, note), []).append(operation.removesuffix(".default"))
-    rows = [(rule, ", ".join(operations), note) for (rule, note), operations in grouped.items()]
-    columns = ["rule", "operations", "gradient and capture"]
-    return "Rules\n" + table(columns, rows, "lll", wrap=columns[1:]) + "\n"
-
-
-def describe_estimator(estimator: Mapping[str, Any]) -> str:
-    """The estimator's settings in one line."""
-    copies = f"{estimator['copies']} copies"
-    if estimator["antithetic"]:
-        copies += f" ({estimator['copies'] // 2} antithetic pairs)"
-    if estimator["chunk"] is not None:
-        copies += f" in chunks of {estimator['chunk']}"
-    groups, sigma = estimator["groups"], estimator["sigma"]
-    return ", ".join(
-        [
-            f"{estimator['noise']} noise",
-            f"{estimator['score']} score",
-            f"{estimator['capture']} capture",
-            groups if isinstance(groups, str) else f"{len(groups)} groups",
-            copies,
-            f"σ {sigma:g}"
-            if isinstance(sigma, float | int)
-            else "σ " + " ".join(f"{k}={v:g}" for k, v in sigma.items()),
-            *(["batch credit"] if estimator["credit"] == "batch" else []),
-            *(["noise on alive coordinates"] if estimator["placement"] == "alive" else []),
-            *(
-                [f"learned feedback, correction {estimator['correction']}"]
-                if estimator["feedback"] == "learned"
-                else []
-            ),
-        ]
-    )
-
-
-def describe_change(change: Mapping[str, int]) -> str:
-    """``+5 onward.perturb``; "no operation added or removed"."""
-    if not change:
-        return "none added or removed"
-    return ", ".join(f"{count:+d}{_NO_BREAK}{name}" for name, count in change.items())
-
-
-def _overview(report: Report) -> str:
-    exact = {capture.value: 0 for subgraph in report.subgraphs for capture in subgraph.captures}
-    frozen = f", {len(report.frozen)} frozen" if report.frozen else ""
-    whole = 1 + report.perturbed_forwards
-    rows = [
-        ("parameters", f"{report.num_parameters:,} in {report.num_tensors} tensors{frozen}"),
-        ("graph", f"{len(report.sites)} sites, {report.num_stages} stages, captured by {report.captured_by}"),
-        ("estimator", describe_estimator(report.estimator)),
-        (
-            "forwards",
-            f"{whole:.1f} a sample and step: 1 clean + {report.perturbed_forwards:.1f} perturbed, each "
-            f"{quantity(report.forward_flops)}FLOP",
-        ),
-        ("captures", f"{size(report.capture_bytes)} a sample in {len(exact)} activations"),
-    ]
-    lines = [f"{report.model}"]
-    for key, value in rows:
-        lines.append(textwrap.fill(value, WIDTH, initial_indent=f"  {key:<12}", subsequent_indent=" " * 14))
-    return "\n".join(lines)
-
-
-def _pass_table(report: Report) -> str:
-    rows = [
-        (one.name, str(one.operations), "" if not one.change else describe_change(one.change), _time(one.seconds))
-        for one in report.passes
-    ]
-    return table(["pass", "operations", "change", "time"], rows, "lrlr", wrap=("change",))
-
-
-def _site_table(report: Report) -> str:
-    columns = ["", "site", "operation", "rule", "weights", "noise", "forward", "gradient", "exact", "packed"]
-    rows = [
-        (
-            str(site.index),
-            site.name,
-            site.operation.replace("aten.", ""),
-            site.rule,
-            f"{site.num_parameters:,}",
-            f"{site.perturbation_dimension:,}",
-            quantity(site.forward_flops),
-            quantity(site.gradient_flops),
-            size(site.exact_bytes),
-            "–" if site.packed_bytes is None else size(site.packed_bytes),
-        )
-        for site in report.sites
-    ]
-    legend = (
-        "a sample: noise = perturbed elements; forward, gradient = FLOPs of matrix products and convolutions (the "
-        "gradient once for all copies, or a copy); exact, packed = bytes captured as floats, as packed "
-        "signs (–: always exactly)"
-    )
-    return table(columns, rows, "rlllrrrrrr") + "\n" + _wrap(legend, "  ")
-
-
-def _run_table(report: Report) -> str:
-    rows = [
-        (
-            run.name,
-            _shorten(", ".join(run.sites), 44),
-            str(run.operations),
-            quantity(run.flops),
-            f"{100 * run.share:.1f} %",
-        )
-        for run in report.runs
-    ]
-    return table(["run", "perturbs", "operations", "FLOPs a copy", "of a forward"], rows, "llrrr")
-
-
-def _subgraph_table(report: Report) -> str:
-    rows = []
-    for one in report.subgraphs:
-        prefix = one.site.partition(":")[0].partition("@")[0] + "."
-        needs = [f"{c.value} ({c.encoding},{_NO_BREAK}{size(c.bytes).replace(' ', _NO_BREAK)})" for c in one.captures]
-        needs += [name for name in one.parameters_read if name not in one.gives]
-        rows.append(
-            (
-                one.name,
-                one.site,
-                one.after,
-                ", ".join(needs) or "–",
-                ", ".join(name.removeprefix(prefix) for name in one.gives),
-                "each copy" if one.per_copy else "once",
-                str(one.operations),
-            )
-        )
-    legend = (
-        "each may also read its own parameters, and needs the losses' weights, the noise key and the ids of its draws, "
-        "or what feedback learned; none reads another's result, so each is ready as soon as its run is"
-    )
-    columns = ["subgraph", "site", "after", "needs", "gives", "vjp", "operations"]
-    return table(columns, rows, "llllllr", wrap=("site", "needs", "gives")) + "\n" + _wrap(legend, "  ")
-
-
-def table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], align: str, wrap: Sequence[str] = (), width: int = WIDTH
-) -> str:
-    """Rows under headings, at most `width` wide: the columns in `wrap` are wrapped, else the widest one shortened."""
-    widths = [max(len(row[place]) for row in [columns, *rows]) for place in range(len(columns))]
-    room = width - 2 - 2 * (len(columns) - 1)
-    flexible = [columns.index(name) for name in wrap] or [place for place, how in enumerate(align) if how == "l"]
-    while sum(widths) > room and max(widths[place] for place in flexible) > 8:
-        widest = max(flexible, key=widths.__getitem__)
-        widths[widest] -= 1
-    lines = []
-    for number, row in enumerate([columns, *rows]):
-        cells = [
-            textwrap.wrap(value, widths[place], break_on_hyphens=False) or [""]
-            if number and columns[place] in wrap
-            else [_shorten(value, widths[place])]
-            for place, value in enumerate(row)
-        ]
-        for depth in range(max(map(len, cells))):
-            parts = [
-                f"{cell[depth] if depth < len(cell) else '':{'>' if how == 'r' else '<'}{one}}"
-                for cell, how, one in zip(cells, align, widths, strict=True)
-            ]
-            lines.append(("  " + "  ".join(parts)).rstrip().replace(_NO_BREAK, " "))
-        if number == 0:
-            lines.append("  " + "─" * (sum(widths) + 2 * (len(columns) - 1)))
-    return "\n".join(lines)
-
-
-def quantity(number: float) -> str:
-    """1234567 as "1.23M"; "–" for nothing."""
-    if not number:
-        return "–"
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.3g}{unit}"
-    return f"{number:.3g}"
-
-
-def size(count: float) -> str:
-    """Bytes: "4.0 KiB"."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
-
-
-def _shorten(value: str, width: int) -> str:
-    return value if len(value) <= width else value[: width - 1] + "…"
-
-
-def _wrap(value: str, first: str) -> str:
-    return textwrap.fill(
-        value, WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_long_words=False,
-        break_on_hyphens=False,
-    )  # fmt: skip

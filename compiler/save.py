@@ -16,12 +16,8 @@ The folder appears whole or not at all: it is written beside its place under a t
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,9 +29,12 @@ from torch import Tensor, fx
 from ..passes.errors import OutputError
 from ..passes.graph import Role, placeholders
 from ..passes.locate_samples import batch_symbol
-from .driver import node_count, resolve_sigmas
+from .driver import node_count
+from .files import whole_folder
 from .program import CompiledModel, input_keys, output_keys
-from .report import examine, text
+from .report import examine
+from .report_text import text
+from .site_options import resolve_sigmas
 from .source import extent, file_of
 
 FORMAT = "onward-program"
@@ -67,7 +66,7 @@ def save_program(
         OutputError: the folder cannot be written, or holds something else. Nothing of it was changed.
     """
     check_folder(folder, replace=replace)
-    with _whole_folder(folder) as temporary:
+    with whole_folder(folder) as temporary:
         manifest = _write(compiled, temporary, name, plan)
         manifest |= {"versions": dict(versions or {}), "settings": dict(settings or {})}
         (temporary / "report.txt").write_text(text(examine(compiled, name=name, plan=plan)), encoding="utf-8")
@@ -120,45 +119,6 @@ def _is_program(folder: Path) -> bool:
         return bool(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["format"] == FORMAT)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-@contextlib.contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` at the end, or is deleted if anything went wrong."""
-    target = Path(os.path.abspath(folder))
-    temporary: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
-        temporary.chmod(0o755)
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
-        if target.exists():
-            old = temporary.with_name(f"{temporary.name}-old")
-            os.rename(target, old)
-            try:
-                os.rename(temporary, target)
-            except OSError:
-                os.rename(old, target)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(temporary, target)
-        _flush(target.parent)
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write(compiled: CompiledModel, folder: Path, name: str, plan: str) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from . import models
 from .api import compile
 from .compiler.estimator import LikelihoodRatio
 from .passes import errors
+from .runtime.history import EpochRecord, History
 from .runtime.program import Program
-from .runtime.trainer import EpochRecord, History, Trainer
+from .runtime.trainer import Trainer
 
 __version__ = version("onward")
 

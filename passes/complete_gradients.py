@@ -157,7 +157,10 @@ def from_rows(graph: fx.Graph, rows: fx.Node, layout: Layout) -> fx.Node:
     value = graph.call_function(_aten.reshape.default, (rows, parts))
     if layout.dim or layout.outer > 1:
         value = graph.call_function(_aten.movedim.int, (value, 0, layout.dim + 1))
-    return graph.call_function(_aten.reshape.default, (value, [*before, -1, *after]))
+    value = graph.call_function(_aten.reshape.default, (value, [*before, -1, *after]))
+    if layout.dim or layout.outer > 1:  # the vjp was traced for a contiguous cotangent
+        value = graph.call_function(_aten.clone.default, (value,), {"memory_format": torch.contiguous_format})
+    return value
 
 
 def _last_placeholder(graph: fx.Graph, name: str) -> fx.Node:

@@ -271,8 +271,9 @@ def _check_reached(module: fx.GraphModule) -> None:
         listed = ", ".join(repr(node.meta["target"]) for node in missing)
         unused = [node.meta["target"] for node in missing if not node.users]
         reason = (
-            "it is never read in forward, or its result is thrown away" if unused else "what it feeds does not combine with an input or never reaches "
-            "the model's output"
+            "it is never read in forward, or its result is thrown away"
+            if unused
+            else "it is detached, or what it feeds does not combine with an input or never reaches the model's output"
         )
         raise UnreachedParameterError(
             f"no site reaches the trainable parameter(s) {listed}: {reason}. They would stay untrained. Freeze them "

@@ -116,7 +116,8 @@ def _dropout(b: _Builder) -> None:
                 raise UnsupportedModelError(f"{describe(b.node)}: the dropout mask itself is used; only its value may be.")
             result = user
     assert isinstance(x, fx.Node)
-    result.replace_all_uses_with(_dropped(b, x, p if training else 0.0, b.random("uniform", x) if training and p else None))
+    uniform = b.random("uniform", x) if training and p else None
+    result.replace_all_uses_with(_dropped(b, x, p, uniform))
     if result is not b.node:
         b.graph.erase_node(result)
     b.graph.erase_node(b.node)
@@ -130,13 +131,17 @@ def _dropped(b: _Builder, x: fx.Node, p: Any, uniform: fx.Node | None) -> fx.Nod
 
 
 def _attention(b: _Builder) -> None:
-    query, key, value, mask, p, causal = (*b.node.args, *(None, 0.0, False)[len(b.node.args) - 3 :])
+    given: list[Any] = list(b.node.args) + [None, 0.0, False][len(b.node.args) - 3 :]
+    query, key, value, mask, p, causal = given
     scale, grouped = b.node.kwargs.get("scale"), b.node.kwargs.get("enable_gqa", False)
-    assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+    assert isinstance(query, fx.Node)
+    assert isinstance(key, fx.Node)
     width = query.meta["val"].shape[-1]
     rows, columns = query.meta["val"].shape[-2], key.meta["val"].shape[-2]
     if grouped or not all(isinstance(extent, int) for extent in (width, rows, columns)):
-        raise UnsupportedModelError(f"{describe(b.node)} with dropout needs one head a key and fixed lengths; set dropout to 0.")
+        raise UnsupportedModelError(
+            f"{describe(b.node)} with dropout needs as many key as query heads and fixed lengths; set its dropout to 0."
+        )
     query = b.call(_aten.mul.Tensor, query, width**-0.5 if scale is None else scale)
     scores = b.call(_aten.matmul.default, query, b.call(_aten.transpose.int, key, -2, -1))
     if causal:

@@ -84,14 +84,17 @@ def _relu(masks: _Masks, value: fx.Node, source: fx.Node, reader: fx.Node) -> Ma
     return above if beyond is None else masks.call(_aten.logical_and.default, above, beyond)
 
 
-def _between(low: float | None, high: float | None) -> Callable[..., Mask]:
+def _between(low: float | None, high: float | None, *, bounds: bool = False) -> Callable[..., Mask]:
+    """Between two numbers, or the reader's own arguments; with `bounds` also at them, as clamp's derivative has it."""
+    above, below = (_aten.ge.Scalar, _aten.le.Scalar) if bounds else (_aten.gt.Scalar, _aten.lt.Scalar)
+
     def rule(masks: _Masks, value: fx.Node, source: fx.Node, reader: fx.Node) -> Mask:
         given = [argument for argument in reader.args[1:3] if isinstance(argument, (int, float))]
         lower, upper = (low, high) if low is not None else (given if len(given) == 2 else (None, None))
         if lower is None or upper is None:
             return None
-        inside = masks.call(_aten.gt.Scalar, value, lower)
-        return masks.call(_aten.logical_and.default, inside, masks.call(_aten.lt.Scalar, value, upper))
+        inside = masks.call(above, value, lower)
+        return masks.call(_aten.logical_and.default, inside, masks.call(below, value, upper))
 
     return rule
 
@@ -139,7 +142,7 @@ BLOCKING: dict[Any, Callable[[_Masks, fx.Node, fx.Node, fx.Node], Mask]] = {
     _aten.relu.default: _relu,
     _aten.relu6.default: _between(0.0, 6.0),
     _aten.hardtanh.default: _between(None, None),
-    _aten.clamp.default: _between(None, None),
+    _aten.clamp.default: _between(None, None, bounds=True),
     _aten.hardsigmoid.default: _between(-3.0, 3.0),
     _aten.max_pool2d.default: _max_pool,
     _aten.mul.Tensor: _kept,

@@ -5,7 +5,7 @@ in the clean run, and shared by all copies. The perturbed run holds all copies o
 
 1. A noise node of the group branches: it takes the clean value and returns its copies.
 2. A clean value that a perturbed operation reads is tiled, if it has a batch dimension, or shared as it is.
-3. A size that depends on the batch is multiplied by the number of copies, unless it is used as a value (``h / len(h)``).
+3. A size that depends on the batch is multiplied by the number of copies, unless it is a value (``h / len(h)``).
 4. Noise nodes of other groups vanish.
 5. An operation with batch statistics (batch normalisation in training mode) sees the clean run's statistics: copies then
    do not depend on each other or on other samples, and the per-sample losses stay attributable. Running statistics are
@@ -232,7 +232,7 @@ def _sizes_used_as_values(node: fx.Node) -> set[fx.Node]:
     found = set()
     for position, argument in enumerate(node.target._schema.arguments):
         given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-        if isinstance(given, fx.Node) and given.meta.get("kind") == Kind.SIZE:
-            if any(name in str(argument.type) for name in ("Tensor", "number")):
-                found.add(given)
+        wants_value = any(name in str(argument.type) for name in ("Tensor", "number"))
+        if wants_value and isinstance(given, fx.Node) and given.meta.get("kind") == Kind.SIZE:
+            found.add(given)
     return found

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import UnreachedParameterError, UnsupportedModelError
 from .find_sites import Site, sites
@@ -73,7 +74,7 @@ def _trace(module: fx.GraphModule, site: Site, nodes: dict[str, fx.Node], captur
             return (None,) * len(leaves)
         return torch.autograd.grad([p[0] for p in pairs], leaves, [p[1] for p in pairs], allow_unused=True)
 
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention counts as random, and is not core ATen
         cotangents = [torch.empty_like(end, memory_format=torch.contiguous_format) for end in ends]
         traced = make_fx(gradient, _allow_non_fake_inputs=True)(cotangents, values, weights)
     _check_symbolic(batch_symbol(module), core)

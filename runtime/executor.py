@@ -60,6 +60,7 @@ class SerialExecutor:
         self.plan = make_plan(compiled)
         self.copies = [torch.tensor(chunk, dtype=torch.int64) for chunk in chunks(compiled)]
         self.draws = torch.arange(compiled.estimator.draws)
+        self.clean_copies = torch.zeros(1, dtype=torch.int64)
         self.stages = [_Callable(stage) for stage in compiled.stages]
         self.runs = [_Callable(run.module) for run in compiled.runs]
         self.gradients = {g.site.index: (_Callable(g.module), g) for g in compiled.gradients}
@@ -86,7 +87,13 @@ class _Callable:
 
     def __call__(self, *environments: Environment) -> Environment:
         """Run on the first environment that has each input."""
-        arguments = [next(e[key] for e in environments if key in e) for key in self.inputs]
+        arguments = []
+        for key in self.inputs:
+            for environment in environments:
+                if key in environment:
+                    arguments.append(environment[key])
+                    break
+        assert len(arguments) == len(self.inputs), set(self.inputs).difference(*environments)
         return dict(zip(self.outputs, self.forward(*arguments), strict=True))
 
 
@@ -97,7 +104,7 @@ class _Step:
         self.executor, self.given = executor, given
         self.compiled, self.estimator = executor.compiled, executor.compiled.estimator
         self.environment = given.environment
-        self.environment["runtime:copies"] = torch.zeros(1, dtype=torch.int64)
+        self.environment["runtime:copies"] = executor.clean_copies
         self.environment["runtime:draws"] = executor.draws
         self.perturbed: Environment = {}
         self.losses: dict[int, list[Tensor]] = {run.index: [] for run in self.compiled.runs}

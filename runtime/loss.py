@@ -20,10 +20,10 @@ class SampleLoss:
     """``(output, target) -> (N,)``: the loss of every sample.
 
     A torch loss function or module with a ``reduction`` is asked for ``"none"``, and what is left beyond the samples
-    (positions, pixels) is averaged, or summed where its reduction is ``"sum"`` or ``"batchmean"``; the samples are always
-    averaged. (Class weights and ``ignore_index`` therefore scale a sample's loss but do not change what the batch is
-    divided by.) Anything else has to return one number a sample: a tensor, a NumPy array or a sequence, of any real
-    dtype; it may be a black box and need not be traceable.
+    (positions, pixels) is averaged, or summed where its reduction is ``"sum"`` or ``"batchmean"``; the samples are
+    always averaged. (Class weights and ``ignore_index`` therefore scale a sample's loss but do not change what the
+    batch is divided by.) Anything else has to return one number a sample: a tensor, a NumPy array or a sequence, of any
+    real dtype; it may be a black box and need not be traceable.
     """
 
     def __init__(self, loss: Loss) -> None:
@@ -35,9 +35,9 @@ class SampleLoss:
         losses = self.reduce_positions(as_real(self.loss(output, target), self.name))
         if losses.shape != (samples,):
             raise LossShapeError(
-                f"the loss {self.name} returned shape {tuple(losses.shape)} for {samples} samples; it has to return one "
-                f"number a sample, shape ({samples},). Do not reduce over the batch, or, if the loss couples the samples, "
-                'use LikelihoodRatio(credit="batch").'
+                f"the loss {self.name} returned shape {tuple(losses.shape)} for {samples} samples; it has to return "
+                f"one number a sample, shape ({samples},). Do not reduce over the batch, or, if the loss couples the "
+                'samples, use LikelihoodRatio(credit="batch").'
             )
         return losses
 
@@ -89,5 +89,6 @@ def _unreduced(loss: Loss) -> tuple[Loss, str]:
     except (TypeError, ValueError):
         return loss, ""
     if "reduction" in parameters:
-        return functools.partial(loss, reduction="none"), str(parameters["reduction"].default)
+        asked: Loss = functools.partial(loss, reduction="none")  # type: ignore[call-arg]
+        return asked, str(parameters["reduction"].default)
     return loss, ""

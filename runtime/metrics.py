@@ -18,8 +18,9 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ..compiler.columns import magnitude
+from ..compiler.files import fsync
 from ..passes.errors import CheckpointError, OptionError
-from .checkpoint import fsync
 
 
 class Sink(Protocol):
@@ -203,7 +204,7 @@ class ProgressBar:
 
     def step(self, step: int, epoch: int, loss: float, forwards: float) -> None:
         """Show that `step` steps are done, in `epoch` (from 1), with the running mean `loss`."""
-        self._update(False, completed=step, epoch=epoch, loss=f"{loss:.4f}", forwards=_short(forwards))
+        self._update(False, completed=step, epoch=epoch, loss=f"{loss:.4f}", forwards=magnitude(forwards))
 
     def validated(self, values: Mapping[str, float]) -> None:
         """Show the values of the last validation."""
@@ -212,11 +213,3 @@ class ProgressBar:
     def note(self, text: str) -> None:
         """Show a short message at the end of the line."""
         self._update(True, note=text)
-
-
-def _short(number: float) -> str:
-    """1234567 as "1.23M"."""
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.3g}{unit}"
-    return f"{number:.3g}"

@@ -70,6 +70,43 @@ class Layout(NamedTuple):
                     )
 
 
+class Batch(NamedTuple):
+    """Random words that are made at once, and what they are for."""
+
+    i: int
+    j: int
+    """Draws ``i … j - 1``."""
+    first: int
+    num_blocks: int
+    tiles: tuple[tuple[Tile, tuple[int, ...], int, int], ...]
+    """Each tile with its shape, and the range of its elements counted from the first block's first."""
+
+
+def _schedule(layout: Layout, num_draws: int, per_block: int, limits: Limits) -> tuple[Batch, ...]:
+    """Words for several tiles at once, as `Limits` allows; tile after tile, for each the draws in order."""
+    tiles = list(layout.tiles(limits.elements))
+    together = max(1, limits.blocks * per_block // (limits.elements * max(1, num_draws)))
+    schedule = []
+    for at in range(0, len(tiles), together):
+        spans = [(tile, *layout.elements(tile)) for tile in tiles[at : at + together]]
+        first = spans[0][1] // per_block
+        num_blocks = -(-spans[-1][2] // per_block) - first
+        origin = first * per_block
+        parts = tuple(
+            (tile, tuple(part.stop - part.start for part in tile), begin - origin, end - origin)
+            for tile, begin, end in spans
+        )
+        group = max(1, limits.blocks // num_blocks)
+        for i in range(0, num_draws, group):
+            schedule.append(Batch(i, min(i + group, num_draws), first, num_blocks, parts))
+    return tuple(schedule)
+
+
+_known_schedule = lru_cache(maxsize=256)(_schedule)
+_LONG = 64
+"""Schedules of more tiles are not kept: they cost little beside the numbers, and memory."""
+
+
 class Run(NamedTuple):
     """Draws ``start … stop - 1`` of a list belong to the copies from number `copy` on, all with this `sign`."""
 
@@ -159,21 +196,12 @@ class Source:
         Random words are made for several tiles at once, numbers for several draws of one tile.
         """
         per_block = self.distribution.elements_per_block
-        tiles = list(layout.tiles(self.limits.elements))
-        together = max(1, self.limits.blocks * per_block // (self.limits.elements * max(1, len(self.draws))))
-        for at in range(0, len(tiles), together):
-            batch = tiles[at : at + together]
-            start, stop = layout.elements(batch[0])[0], layout.elements(batch[-1])[1]
-            first = start // per_block
-            num_blocks = -(-stop // per_block) - first
-            group = max(1, self.limits.blocks // num_blocks)
-            for i in range(0, len(self.draws), group):
-                numbers_of = self._numbers(self.draws[i : i + group], first, num_blocks)
-                for tile in batch:
-                    begin, end = layout.elements(tile)
-                    shape = tuple(part.stop - part.start for part in tile)
-                    for a, b, numbers in numbers_of(begin - first * per_block, end - first * per_block):
-                        yield i + a, i + b, tile, numbers.reshape(b - a, *shape)
+        make = _schedule if math.prod(layout) > _LONG * self.limits.elements else _known_schedule
+        for i, j, first, num_blocks, tiles in make(layout, len(self.draws), per_block, self.limits):
+            numbers_of = self._numbers(self.draws[i:j], first, num_blocks)
+            for tile, shape, begin, end in tiles:
+                for a, b, numbers in numbers_of(begin, end):
+                    yield i + a, i + b, tile, numbers.reshape(b - a, *shape)
 
     def _numbers(self, draws: Sequence[int], first: int, num_blocks: int) -> _Numbers:
         """The numbers of some blocks, as a function of a range of their elements."""

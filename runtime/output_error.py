@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedOperatorException
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -99,7 +99,10 @@ def _trace(loss: SampleLoss, output: Tensor, target: Tensor, *, free: bool) -> f
             if not isinstance(losses, Tensor) or not losses.requires_grad:
                 raise _BlackBoxError
             total = loss.reduce_positions(losses).sum()
-        (result,) = torch.autograd.grad(total, leaf)
+        try:
+            (result,) = torch.autograd.grad(total, leaf)
+        except (NotImplementedError, UnsupportedOperatorException) as error:  # of the loss, and no tracer knows it
+            raise _BlackBoxError from error
         return result
 
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))

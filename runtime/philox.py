@@ -167,8 +167,10 @@ def _many_blocks(draws: Words, blocks: Words, key: Key) -> Lanes:
         product0, product1 = c0 * multiplier0, c2 * multiplier1
         c0, c1 = (product1 >> half) ^ c1 ^ key0, product1 & mask
         c2, c3 = (product0 >> half) ^ c3 ^ key1, product0 & mask
-    c0, c1, c2, c3 = (np.broadcast_to(c, shape).reshape(-1).copy() for c in (c0, c1, c2, c3))
-    product0, product1 = np.empty_like(c0), np.empty_like(c0)
+    words = np.empty((6, *shape), np.uint64)
+    for word, narrow in zip(words, (c0, c1, c2, c3), strict=False):
+        word[:] = narrow
+    c0, c1, c2, c3, product0, product1 = words.reshape(6, -1)
     for key0, key1 in keys[3:, :, 0, 0]:
         np.multiply(c0, multiplier0, product0)
         np.multiply(c2, multiplier1, product1)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import traceback
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..compiler.capture import as_call
-from ..compiler.driver import resolve_sigmas
+from ..compiler.site_options import resolve_sigmas
 from ..compiler.probe import copy_of
 from ..compiler.program import CompiledModel
 from ..passes.errors import BatchError, CheckpointError, ModeError, OutOfMemoryError
@@ -88,9 +87,9 @@ class Program:
         """
         leaves, samples = self._check_batch(inputs)
         self._check_target(target, samples)
-        self._check_model()
+        parameters, buffers = self._check_model()
         device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
-        environment = self._environment(leaves, device)
+        environment = self._environment(parameters, buffers, leaves, device)
         try:
             with torch.no_grad():
                 given = StepInput(
@@ -103,7 +102,7 @@ class Program:
                 environment.clear()
                 raise OutOfMemoryError(suggest_chunk(self.compiled, samples, device)) from error
             raise
-        self._commit(result, samples)
+        self._commit(result, samples, parameters, buffers)
         return result.losses.mean()
 
     def per_sample_loss(self, output: Any, target: Any) -> Tensor:
@@ -172,8 +171,8 @@ class Program:
         if spec != expected.spec:
             raise BatchError(
                 f"the inputs have another structure than the example: expected {_structure(expected.spec)}, got "
-                f"{_structure(spec)}. Pass a tensor, a tuple of positional arguments or a dict of keyword arguments, as in "
-                "the example."
+                f"{_structure(spec)}. Pass a tensor, a tuple of positional arguments or a dict of keyword arguments, as "
+                "in the example."
             )
         samples: int | None = None
         for position, (leaf, described) in enumerate(zip(leaves, expected.leaves, strict=True)):
@@ -196,8 +195,9 @@ class Program:
     def _per_sample(self) -> bool:
         return self.compiled.estimator.credit == "sample"
 
-    def _check_model(self) -> None:
-        modules = dict(self.model.named_modules())
+    def _check_model(self) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+        """The model's parameters and buffers under all their names, from one walk over its modules."""
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         for name, training in self.compiled.captured.training.items():
             if name not in modules:
                 raise ModeError(f"the module {name!r} was removed after the program was compiled. Compile again.")
@@ -207,12 +207,19 @@ class Program:
                     f"module {name or type(self.model).__name__!r} is in {mode} mode; the program was compiled in {wanted} "
                     f"mode, which its graph holds. Call .{wanted}() on it before step, or compile again."
                 )
-        found = dict(self.model.named_parameters(remove_duplicate=False))
+        found: dict[str, nn.Parameter] = {}
+        buffers: dict[str, Tensor] = {}
+        for path, module in modules.items():
+            prefix = f"{path}." if path else ""
+            found.update((prefix + name, p) for name, p in module._parameters.items() if p is not None)
+            buffers.update((prefix + name, b) for name, b in module._buffers.items() if b is not None)
         for name, canonical in self._names.items():
             if (change := self._change(found, name, canonical)) is not None:
                 raise ModeError(f"the parameter {name!r} {change} after the program was compiled. Compile again.")
-        for name in found.keys() - self._names.keys():
+        if len(found) > len(self._names):
+            (name, *_) = found.keys() - self._names.keys()
             raise ModeError(f"the parameter {name!r} was added after the program was compiled. Compile again.")
+        return found, buffers
 
     def _change(self, found: dict[str, nn.Parameter], name: str, canonical: str) -> str | None:
         """What happened to a parameter since the program was compiled."""
@@ -231,12 +238,14 @@ class Program:
             return f"was changed from {was} to {now}"
         return None
 
-    def _environment(self, leaves: list[Any], device: torch.device) -> Environment:
+    def _environment(
+        self, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor], leaves: list[Any], device: torch.device
+    ) -> Environment:
         environment: Environment = {}
         for name in self._parameters:
-            environment[f"parameter:{name}"] = self.model.get_parameter(name).detach()
+            environment[f"parameter:{name}"] = parameters[name].detach()
         for name in self._buffers:
-            environment[f"buffer:{name}"] = self.model.get_buffer(name)
+            environment[f"buffer:{name}"] = buffers[name]
         for name, value in self.compiled.captured.constants.items():
             environment[f"constant:{name}"] = value.to(device) if isinstance(value, Tensor) else value
         for index, leaf in enumerate(leaves):
@@ -266,20 +275,22 @@ class Program:
 
         return per_sample if self._per_sample else batch
 
-    def _commit(self, result: StepResult, samples: int) -> None:
+    def _commit(
+        self, result: StepResult, samples: int, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]
+    ) -> None:
         estimator = self.compiled.estimator
         # without a noise point (a reach beyond the last) there is nothing to learn first
         learns = self.feedback is not None and bool(self.feedback.jacobians)
         warming_up = learns and self.feedback.steps < estimator.warmup  # type: ignore[union-attr]
         with torch.no_grad():
             for name, gradient in result.gradients.items():
-                parameter = self.model.get_parameter(name)
+                parameter = parameters[name]
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
                 if not warming_up:
                     parameter.grad.add_(gradient)
             for name, value in result.buffers.items():
-                self.model.get_buffer(name).copy_(value)
+                buffers[name].copy_(value)
         self.feedback = result.feedback
         self.step_count += 1
         self.clean_forwards += samples

@@ -16,6 +16,7 @@ from training_run import StandIn, make_model
 
 from onward.passes.errors import CheckpointError
 from onward.runtime import checkpoint as checkpoints
+from onward.runtime import random_state, run_state
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -128,13 +129,13 @@ def test_optimizer_state_round_trips_to_the_bit(tmp_path: Path, name: str) -> No
     program, optimizer = fresh()
     for _ in range(3):
         advance(program, optimizer)
-    checkpoints.write(tmp_path, 3, checkpoints.capture(program, optimizer, None, {"batch": 3}))
+    checkpoints.write(tmp_path, 3, run_state.capture(program, optimizer, None, {"batch": 3}))
     state = optimizer.state_dict()
 
     other, other_optimizer = fresh()
     found = checkpoints.latest(tmp_path)
     assert found is not None
-    assert checkpoints.restore(found, other, other_optimizer, None) == {"batch": 3}
+    assert run_state.restore(found, other, other_optimizer, None) == {"batch": 3}
     assert equal(other_optimizer.state_dict(), state)
     for _ in range(2):
         advance(program, optimizer)
@@ -174,11 +175,11 @@ def test_schedulers_round_trip(tmp_path: Path, name: str) -> None:
     program, optimizer, scheduler = fresh()
     for _ in range(2):
         advance(optimizer, scheduler)
-    checkpoints.write(tmp_path, 2, checkpoints.capture(program, optimizer, scheduler, None))
+    checkpoints.write(tmp_path, 2, run_state.capture(program, optimizer, scheduler, None))
     other = fresh()
     found = checkpoints.latest(tmp_path)
     assert found is not None
-    checkpoints.restore(found, *other)
+    run_state.restore(found, *other)
     assert [advance(*other[1:]) for _ in range(5)] == [advance(optimizer, scheduler) for _ in range(5)]
 
 
@@ -205,12 +206,12 @@ def test_tied_weights_hidden_buffers_and_extra_state(tmp_path: Path) -> None:
     model.hidden.add_(3)  # type: ignore[operator]
     model.note["seen"] = 4
     optimizer = torch.optim.SGD(model.parameters())
-    checkpoints.write(tmp_path, 0, checkpoints.capture(StandIn(model), optimizer, None, None))
+    checkpoints.write(tmp_path, 0, run_state.capture(StandIn(model), optimizer, None, None))
     other = Awkward()
     weight = other.a.weight
     found = checkpoints.latest(tmp_path)
     assert found is not None
-    checkpoints.restore(found, StandIn(other), torch.optim.SGD(other.parameters()), None)
+    run_state.restore(found, StandIn(other), torch.optim.SGD(other.parameters()), None)
     assert other.a.weight is weight
     assert other.b.weight is weight
     assert torch.equal(weight, model.a.weight)
@@ -221,14 +222,14 @@ def test_tied_weights_hidden_buffers_and_extra_state(tmp_path: Path) -> None:
 def test_global_generators_come_back() -> None:
     import random
 
-    state = checkpoints.capture_rng()
+    state = random_state.capture_rng()
 
     def draw() -> list[float]:
         return [float(torch.rand(())), float(np.random.randn()), random.random(), random.gauss(0, 1)]
 
     numbers = draw()
     assert draw() != numbers
-    checkpoints.restore_rng(state)
+    random_state.restore_rng(state)
     assert draw() == numbers
 
 
@@ -371,7 +372,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
 def test_a_foreign_checkpoint_says_what_differs_and_changes_nothing(tmp_path: Path) -> None:
     program = StandIn(make_model())
     optimizer = torch.optim.Adam(program.model.parameters())
-    checkpoints.write(tmp_path, 1, checkpoints.capture(program, optimizer, None, None))
+    checkpoints.write(tmp_path, 1, run_state.capture(program, optimizer, None, None))
     found = checkpoints.latest(tmp_path)
     assert found is not None
 
@@ -381,7 +382,7 @@ def test_a_foreign_checkpoint_says_what_differs_and_changes_nothing(tmp_path: Pa
         other = make(model.parameters(), lr=0.5)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(CheckpointError, match=message):
-            checkpoints.restore(found, StandIn(model, seed), other, scheduler and scheduler(other))
+            run_state.restore(found, StandIn(model, seed), other, scheduler and scheduler(other))
         assert equal(before, dict(model.state_dict()))
 
     wide = make_model()
@@ -407,17 +408,17 @@ def test_another_torch_version_is_a_warning(tmp_path: Path, monkeypatch: pytest.
     program = StandIn(make_model())
     optimizer = torch.optim.Adam(program.model.parameters())
     monkeypatch.setattr(checkpoints, "versions", lambda: {"torch": "1.0"})
-    checkpoints.write(tmp_path, 1, checkpoints.capture(program, optimizer, None, None))
+    checkpoints.write(tmp_path, 1, run_state.capture(program, optimizer, None, None))
     monkeypatch.undo()
     found = checkpoints.latest(tmp_path)
     assert found is not None
     with pytest.warns(UserWarning, match="written with torch 1.0"):
-        checkpoints.restore(found, program, optimizer, None)
+        run_state.restore(found, program, optimizer, None)
 
 
 def test_the_json_is_plain(tmp_path: Path) -> None:
     program = StandIn(make_model())
-    state = checkpoints.capture(program, torch.optim.Adam(program.model.parameters()), None, OrderedDict(batch=2))
+    state = run_state.capture(program, torch.optim.Adam(program.model.parameters()), None, OrderedDict(batch=2))
     path = checkpoints.write(tmp_path, 7, state)
     document = json.loads((path / "state.json").read_text())
     assert document["step"] == 7

@@ -17,7 +17,9 @@ from torch.fx.passes.dialect.common.cse_pass import CSEPass
 import onward
 from onward.compiler.capture import capture
 from onward.compiler.driver import compile_model
-from onward.compiler.verify import graphs, perturbations, verify_graph
+from onward.compiler.graph_checks import perturbations
+from onward.compiler.task_graph import graphs
+from onward.compiler.verify import verify_graph
 from onward.passes import ops
 from onward.passes.graph import outputs, placeholders
 

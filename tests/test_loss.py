@@ -33,13 +33,19 @@ WEIGHT = torch.tensor([1.0, 2.0, 0.5])
         (F.cross_entropy, lambda o: F.cross_entropy(o, LABELS, reduction="none")),
         (nn.CrossEntropyLoss(), lambda o: F.cross_entropy(o, LABELS, reduction="none")),
         (nn.CrossEntropyLoss(reduction="sum"), lambda o: F.cross_entropy(o, LABELS, reduction="none")),
-        (nn.CrossEntropyLoss(label_smoothing=0.1), lambda o: F.cross_entropy(o, LABELS, reduction="none", label_smoothing=0.1)),
+        (
+            nn.CrossEntropyLoss(label_smoothing=0.1),
+            lambda o: F.cross_entropy(o, LABELS, reduction="none", label_smoothing=0.1),
+        ),
         (nn.CrossEntropyLoss(weight=WEIGHT), lambda o: WEIGHT[LABELS] * F.cross_entropy(o, LABELS, reduction="none")),
         (nn.CrossEntropyLoss(ignore_index=2), lambda o: (LABELS != 2) * F.cross_entropy(o, LABELS, reduction="none")),
-        (functools.partial(F.cross_entropy, label_smoothing=0.2), lambda o: F.cross_entropy(o, LABELS, reduction="none", label_smoothing=0.2)),
-        (lambda o, y: (o.argmax(1) != y), lambda o: (o.argmax(1) != LABELS).float()),
+        (
+            functools.partial(F.cross_entropy, label_smoothing=0.2),
+            lambda o: F.cross_entropy(o, LABELS, reduction="none", label_smoothing=0.2),
+        ),
+        (lambda o, y: o.argmax(1) != y, lambda o: (o.argmax(1) != LABELS).float()),
         (lambda o, y: (o.argmax(1) != y).int(), lambda o: (o.argmax(1) != LABELS).float()),
-        (lambda o, y: (o.numpy().argmax(1) != y.numpy()), lambda o: (o.argmax(1) != LABELS).float()),
+        (lambda o, y: o.numpy().argmax(1) != y.numpy(), lambda o: (o.argmax(1) != LABELS).float()),
         (lambda o, y: o.sum(1).tolist(), lambda o: o.sum(1)),
         (lambda o, y: tuple(float(row.sum()) for row in o), lambda o: o.sum(1)),
         (lambda o, y: [row.sum() for row in o], lambda o: o.sum(1)),
@@ -47,7 +53,7 @@ WEIGHT = torch.tensor([1.0, 2.0, 0.5])
         (lambda o, y: o.sum(1).bfloat16(), lambda o: o.sum(1).bfloat16().float()),
         (lambda o, y: o.sum(1).double(), lambda o: o.sum(1).double()),
     ],
-)  # fmt: skip
+)
 def test_one_number_a_sample(loss: Any, formula: Callable[[Tensor], Tensor]) -> None:
     output = make_output()
     result = SampleLoss(loss)(output, LABELS, N)
@@ -61,10 +67,14 @@ def test_one_number_a_sample(loss: Any, formula: Callable[[Tensor], Tensor]) -> 
     [
         (F.cross_entropy, (5,), lambda o, y: F.cross_entropy(o, y, reduction="none").mean(1)),
         (nn.CrossEntropyLoss(), (2, 3), lambda o, y: F.cross_entropy(o, y, reduction="none").flatten(1).mean(1)),
-        (nn.CrossEntropyLoss(reduction="sum"), (2, 3), lambda o, y: F.cross_entropy(o, y, reduction="none").flatten(1).sum(1)),
+        (
+            nn.CrossEntropyLoss(reduction="sum"),
+            (2, 3),
+            lambda o, y: F.cross_entropy(o, y, reduction="none").flatten(1).sum(1),
+        ),
         (nn.CrossEntropyLoss(reduction="none"), (5,), lambda o, y: F.cross_entropy(o, y, reduction="none").mean(1)),
     ],
-)  # fmt: skip
+)
 def test_positions_and_pixels(loss: Any, shape: tuple[int, ...], formula: Callable[[Tensor, Tensor], Tensor]) -> None:
     output = make_output(*shape)
     target = torch.randint(0, CLASSES, (N, *shape))
@@ -74,8 +84,14 @@ def test_positions_and_pixels(loss: Any, shape: tuple[int, ...], formula: Callab
 def test_reductions_keep_their_meaning_beyond_the_samples() -> None:
     """A sample's loss averaged over the batch is what the loss returns by itself, for mean and batchmean."""
     output, target = make_output(), torch.rand(N, CLASSES)
-    for loss in (nn.MSELoss(), nn.SmoothL1Loss(), nn.KLDivLoss(reduction="batchmean"), nn.BCEWithLogitsLoss(), F.l1_loss,
-                 functools.partial(F.kl_div, reduction="batchmean")):  # fmt: skip
+    for loss in (
+        nn.MSELoss(),
+        nn.SmoothL1Loss(),
+        nn.KLDivLoss(reduction="batchmean"),
+        nn.BCEWithLogitsLoss(),
+        F.l1_loss,
+        functools.partial(F.kl_div, reduction="batchmean"),
+    ):
         torch.testing.assert_close(SampleLoss(loss)(output, target, N).mean(), loss(output, target))
     module = nn.MSELoss(reduction="sum")
     SampleLoss(module)
@@ -102,8 +118,13 @@ def test_what_is_no_loss(loss: Any, message: str) -> None:
 
 def test_batch_loss() -> None:
     output = make_output()
-    for loss in (lambda o, y: o.sum(), lambda o, y: o.sum().reshape(1, 1), lambda o, y: float(o.sum()),
-                 lambda o, y: o.numpy().sum(), lambda o, y: [o.sum()]):  # fmt: skip
+    for loss in (
+        lambda o, y: o.sum(),
+        lambda o, y: o.sum().reshape(1, 1),
+        lambda o, y: float(o.sum()),
+        lambda o, y: o.numpy().sum(),
+        lambda o, y: [o.sum()],
+    ):
         result = BatchLoss(loss)(output, LABELS, N)
         assert result.shape == ()
         torch.testing.assert_close(result, output.sum())
@@ -111,7 +132,7 @@ def test_batch_loss() -> None:
         BatchLoss(lambda o, y: o.sum(1))(output, LABELS, N)
 
 
-# ---- in a step ------------------------------------------------------------------------------------------------------
+# ---- in a step
 
 
 def make_program(loss: Any, **settings: Any) -> onward.Program:
@@ -143,11 +164,14 @@ def rows_of(target: Any) -> Tensor:
         ((LABELS, {"array": LABELS.numpy()}), lambda t: rows_of(t[1]["array"])),
         ([LABELS, LABELS], lambda t: t[1]),
         ([{"label": label} for label in LABELS], lambda t: torch.stack([entry["label"] for entry in t])),
-        ([torch.full((count + 1,), int(label)) for count, label in enumerate(LABELS)], lambda t: torch.stack([e[0] for e in t])),
+        (
+            [torch.full((count + 1,), int(label)) for count, label in enumerate(LABELS)],
+            lambda t: torch.stack([e[0] for e in t]),
+        ),
         ({"labels": LABELS, "nothing": None, "temperature": torch.tensor(1.0)}, lambda t: t["labels"]),
     ],
     ids=["tensor", "array", "list", "dict", "nested", "list of tensors", "list of dicts", "ragged", "scalars"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_targets_are_repeated_for_the_copies(target: Any, labels: Callable[[Any], Tensor], chunk: int | None) -> None:
     """The same gradient whatever the form of the target: every copy's loss gets its own sample's labels."""
@@ -210,7 +234,7 @@ def test_targets_of_another_length() -> None:
             gradients(program, target)
 
 
-# ---- what a black box may do ------------------------------------------------------------------------------------------
+# ---- what a black box may do
 
 
 def test_half_precision_losses_do_not_underflow() -> None:

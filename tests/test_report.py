@@ -17,7 +17,7 @@ from torch import fx, nn
 
 import onward
 from onward import LikelihoodRatio
-from onward.compiler import draw, report, save, source
+from onward.compiler import columns, dot, listing, picture, report, report_text, save, source, svg
 from onward.compiler.driver import compile_model
 from onward.compiler.program import CompiledModel, input_keys, output_keys
 from onward.passes.errors import OutputError, UnknownNameError, UnreachedParameterError, UnsupportedModelError
@@ -111,23 +111,23 @@ def test_norm_layers_pack_their_output():
 
 def test_text_is_laid_out_at_100_columns(resnet, mixed):
     for compiled in (resnet, mixed):
-        text = report.text(report.examine(compiled, name="a model", plan=plan_of(compiled)))
-        assert max(map(len, text.splitlines())) <= report.WIDTH
+        text = report_text.text(report.examine(compiled, name="a model", plan=plan_of(compiled)))
+        assert max(map(len, text.splitlines())) <= columns.WIDTH
         for heading in ("Passes", "Sites", "Perturbed runs", "Gradient subgraphs", "Plan of a step"):
             assert f"\n{heading}" in text
         for site in compiled.sites:
             assert site.name in text
-    rules = report.rules_text()
-    assert max(map(len, rules.splitlines())) <= report.WIDTH
+    rules = report_text.rules_text()
+    assert max(map(len, rules.splitlines())) <= columns.WIDTH
     assert "any other operation" in rules
     assert "aten.conv2d" in rules
 
 
 def test_table_wraps_and_shortens():
-    table = report.table(["a", "b", "c"], [("x" * 30, "one two three four", "12")], "llr", wrap=("b",), width=52)
+    table = columns.table(["a", "b", "c"], [("x" * 30, "one two three four", "12")], "llr", wrap=("b",), width=52)
     assert max(map(len, table.splitlines())) <= 52
     assert "three" in table
-    shortened = report.table(["a", "b"], [("x" * 30, "12")], "lr", width=20)
+    shortened = columns.table(["a", "b"], [("x" * 30, "12")], "lr", width=20)
     assert "…" in shortened
     assert max(map(len, shortened.splitlines())) <= 20
 
@@ -136,12 +136,12 @@ def test_table_wraps_and_shortens():
     ("number", "expected"), [(0, "–"), (1, "1"), (999, "999"), (1234, "1.23k"), (2.5e6, "2.5M"), (3e12, "3T")]
 )
 def test_quantity(number, expected):
-    assert report.quantity(number) == expected
+    assert columns.quantity(number) == expected
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, "0 B"), (1023, "1023 B"), (4096, "4.0 KiB"), (3 << 30, "3.0 GiB")])
 def test_size(count, expected):
-    assert report.size(count) == expected
+    assert columns.size(count) == expected
 
 
 def executed(text: str) -> dict[str, types.FunctionType]:
@@ -152,10 +152,10 @@ def executed(text: str) -> dict[str, types.FunctionType]:
 
 def test_printed_python_computes_what_the_graphs_compute(mixed):
     """Every graph of a whole step, run from its printed source beside the graph itself, agrees to the bit."""
-    functions = executed(report.python(mixed, model="mixed"))
+    functions = executed(listing.python(mixed, model="mixed"))
     environment = values_of(mixed)
     for name in (mixed.history[-1].name, "split_stages", "share_prefixes", "complete_gradients"):
-        for key, module in report.graphs_after(mixed, name).items():
+        for key, module in listing.graphs_after(mixed, name).items():
             arguments = [environment[key] for key in input_keys(module)]
             expected = module.forward(*arguments)
             printed = functions[key](*arguments)
@@ -181,12 +181,12 @@ def values_of(compiled: CompiledModel) -> dict[str, object]:
 
 
 def test_python_names_shapes_roles_and_places(resnet):
-    text = report.python(resnet, "share_prefixes", model="resnet5")
+    text = listing.python(resnet, "share_prefixes", model="resnet5")
     ast.parse(text)
     assert 'conv2d: "f32[N, 4, 8, 8]",  # value conv2d' in text
     assert 'relu: "f32[K·N, 4, 8, 8]" = aten.relu.default(' in text
     assert "# block.conv1 — models/resnet.py:" in text
-    both = report.python(resnet, "insert_noise", model="resnet5")
+    both = listing.python(resnet, "insert_noise", model="resnet5")
     assert [node.name for node in ast.parse(both).body if isinstance(node, ast.FunctionDef)] == [
         "before_insert_noise",
         "after_insert_noise",
@@ -194,18 +194,18 @@ def test_python_names_shapes_roles_and_places(resnet):
 
 
 def test_text_of_a_pass_marks_what_it_changed(resnet):
-    text = report.pass_text(resnet, "insert_noise", model="resnet5")
+    text = listing.pass_text(resnet, "insert_noise", model="resnet5")
     added = [line for line in text.splitlines() if line.startswith("+ ")]
     assert sum("ops.perturb" in line for line in added) == 5
     assert any(line.startswith("- ") for line in text.splitlines())
     assert "+5 onward.perturb" in text.splitlines()[0]
-    for name in report.pass_names(resnet):
-        assert report.pass_text(resnet, name)
+    for name in listing.pass_names(resnet):
+        assert listing.pass_text(resnet, name)
 
 
 def test_unknown_pass_names_the_nearest(resnet):
     with pytest.raises(UnknownNameError, match="Did you mean 'insert_noise'"):
-        report.graphs_after(resnet, "insert_nois")
+        listing.graphs_after(resnet, "insert_nois")
 
 
 def test_refusals():
@@ -231,9 +231,9 @@ def test_refusals():
         refused = report.refusal(model, example, raised.value, name="m")
         assert refused.captured
         assert refused.error == error_type.__name__
-        text = report.refusal_text(refused)
+        text = report_text.refusal_text(refused)
         assert word in text
-        assert max(map(len, text.splitlines())) <= report.WIDTH
+        assert max(map(len, text.splitlines())) <= columns.WIDTH
         assert json.loads(json.dumps(refused.to_json()))["supported"] is False
 
 
@@ -246,7 +246,7 @@ def test_deep_batch_normalisation_is_not_taken_for_mixing():
         LikelihoodRatio(copies=4),
     )
     assert compiled.mixes_samples == ""
-    batch_norm = next(box for box in draw.picture_of(compiled.graph).boxes if box.title == "batch_norm")
+    batch_norm = next(box for box in picture.picture_of(compiled.graph).boxes if box.title == "batch_norm")
     assert batch_norm.role == "site"
     assert batch_norm.shape.endswith("32, 8, 8]")
 
@@ -255,14 +255,14 @@ def test_deep_batch_normalisation_is_not_taken_for_mixing():
 
 
 def drawn(compiled: CompiledModel) -> list[tuple[str, dict[str, fx.GraphModule]]]:
-    return [(name, report.graphs_after(compiled, name)) for name in report.pass_names(compiled)]
+    return [(name, listing.graphs_after(compiled, name)) for name in listing.pass_names(compiled)]
 
 
 def test_svg_of_every_pass_parses_and_no_boxes_overlap(resnet, mixed):
     for compiled in (resnet, mixed):
         batch = batch_symbol(compiled.captured.module)
         for name, graphs in drawn(compiled):
-            root = ElementTree.fromstring(draw.to_svg(graphs, title=name, batch=batch))
+            root = ElementTree.fromstring(svg.to_svg(graphs, title=name, batch=batch))
             space = "{http://www.w3.org/2000/svg}"
             boxes = [next(group.iter(f"{space}rect")) for group in root.iter(f"{space}g")]
             frames = [tuple(float(box.attrib[key]) for key in ("x", "y", "width", "height")) for box in boxes]
@@ -277,7 +277,7 @@ def test_svg_of_every_pass_parses_and_no_boxes_overlap(resnet, mixed):
 def test_dot_of_every_pass(resnet, mixed):
     for compiled in (resnet, mixed):
         for name, graphs in drawn(compiled):
-            text = draw.to_dot(graphs, title=name)
+            text = dot.to_dot(graphs, title=name)
             assert text.startswith("digraph onward {")
             assert text.count("{") == text.count("}")
             assert text.count('"') % 2 == text.count('\\"') % 2
@@ -289,18 +289,18 @@ def test_dot_of_every_pass(resnet, mixed):
 
 
 def test_roles_are_drawn(resnet):
-    picture = draw.picture_of(resnet.graph)
-    count = {role: sum(box.role == role for box in picture.boxes) for role in draw.COLOURS}
+    drawing = picture.picture_of(resnet.graph)
+    count = {role: sum(box.role == role for box in drawing.boxes) for role in picture.COLOURS}
     assert count["site"] == count["noise"] == 5
     assert count["input"] == count["output"] == 1
-    assert sum(box.captured for box in picture.boxes) == 4
-    assert not any(box.title in ("copies", "key", "sigmas") for box in picture.boxes)
-    gradient = draw.picture_of(resnet.gradients[0].module)
+    assert sum(box.captured for box in drawing.boxes) == 4
+    assert not any(box.title in ("copies", "key", "sigmas") for box in drawing.boxes)
+    gradient = picture.picture_of(resnet.gradients[0].module)
     assert {"noise", "capture", "gradient"} <= {box.role for box in gradient.boxes}
 
 
 def test_one_box_for_each_packed_capture():
-    boxes = draw.picture_of(compiled_mixed(capture="stochastic").graph).boxes
+    boxes = picture.picture_of(compiled_mixed(capture="stochastic").graph).boxes
     captures = [box.title for box in boxes if box.role == "capture"]
     assert captures
     assert len(captures) == len(set(captures))

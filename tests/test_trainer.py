@@ -27,8 +27,11 @@ from onward.passes.errors import (
     UnknownNameError,
 )
 from onward.runtime import checkpoint as checkpoints
+from onward.runtime.evaluation import accuracy
+from onward.runtime.history import History
 from onward.runtime.metrics import JsonLines, ProgressBar, TensorBoard
-from onward.runtime.trainer import History, Trainer, accuracy
+from onward.runtime.random_state import capture_rng, restore_rng
+from onward.runtime.trainer import Trainer
 
 
 def test_fit_equals_a_loop_by_hand() -> None:
@@ -184,10 +187,10 @@ def test_ctrl_c_during_validation(tmp_path: Path) -> None:
             yield make_validation()
 
     torch.manual_seed(0)
-    numbers = checkpoints.capture_rng()
+    numbers = capture_rng()
     whole = make_trainer(tmp_path / "whole")
     whole.fit(make_loader(), 2, validation=Validation(False))
-    checkpoints.restore_rng(numbers)
+    restore_rng(numbers)
     history = make_trainer(tmp_path / "run").fit(make_loader(), 2, validation=Validation(True))
     assert history.interrupted
     assert len(history) == 0

@@ -9,10 +9,12 @@ from random_models import Recipe, build
 from torch import fx
 
 import onward
-from onward.compiler import verify as verifier
+from onward.compiler import program_checks
 from onward.compiler.driver import compile_model
+from onward.compiler.graph_checks import perturbations
 from onward.compiler.program import CompiledModel
-from onward.compiler.verify import graphs, perturbations, task_graph, verify, verify_graph, verify_history
+from onward.compiler.task_graph import graphs, task_graph
+from onward.compiler.verify import verify, verify_graph, verify_history
 from onward.passes import ops
 from onward.passes.errors import VerificationError
 from onward.passes.graph import Output, Role, clone, finish, outputs, placeholders, set_outputs
@@ -213,11 +215,11 @@ class TestPrograms:
         broken = with_gradient(joint, 1, read)
         refuses(broken, "invariant 2", "gradient_1", "neither a binding nor computed")
 
-        monkeypatch.setattr(verifier, "task_graph", lambda compiled: _chained(task_graph(compiled)))
+        monkeypatch.setattr(program_checks, "task_graph", lambda compiled: _chained(task_graph(compiled)))
         refuses(joint, "invariant 2", "waits for another gradient subgraph: gradient_0 -> gradient_1")
 
     def test_tasks_that_wait_for_each_other(self, joint, monkeypatch):
-        monkeypatch.setattr(verifier, "task_graph", lambda compiled: _chained(task_graph(compiled), back=True))
+        monkeypatch.setattr(program_checks, "task_graph", lambda compiled: _chained(task_graph(compiled), back=True))
         refuses(joint, "invariant 2", "wait for each other")
 
     def test_stages_out_of_order(self, joint):

@@ -67,6 +67,9 @@ class StandIn:
         self.forwards += 2 * len(target)
         return (losses[0] + losses[1]) / 2
 
+    def trust(self) -> dict[str, float]:
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         names = ("step_count", "forwards", "clean_forwards", "feedback")
         return {name: getattr(self, name) for name in names}

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..runtime.checkpoint import versions
+from ..runtime.versions import versions
 from .compile import compile_
 from .inspect import inspect
 from .lists import data, models

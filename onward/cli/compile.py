@@ -10,8 +10,8 @@ from typer import Argument, Option
 
 from ..compiler.driver import compile_model
 from ..compiler.save import check_folder, save_program
-from ..runtime.checkpoint import versions
 from ..runtime.plan import format_plan, make_plan
+from ..runtime.versions import versions
 from .common import set_up
 from .options import MODEL_HELP, Common, with_common
 

@@ -12,10 +12,12 @@ from rich.syntax import Syntax
 from rich.text import Text
 from typer import Argument, Option
 
-from ..compiler import report
-from ..compiler.draw import to_dot, to_svg
+from ..compiler import listing, report_text
+from ..compiler.dot import to_dot
 from ..compiler.driver import compile_model
 from ..compiler.program import CompiledModel
+from ..compiler.report import examine, refusal
+from ..compiler.svg import to_svg
 from ..passes.errors import (
     BatchError,
     CaptureError,
@@ -76,7 +78,7 @@ def inspect(
     if output is not None:
         check_writable(output)
     if rules:
-        _emit(report.rules_text(), "text", output)
+        _emit(report_text.rules_text(), "text", output)
         if model is None:
             return
     if model is None:
@@ -87,10 +89,10 @@ def inspect(
     except (BatchError, CaptureError, UnreachedParameterError, UnsupportedModelError) as error:
         if common.debug:
             raise
-        refused = report.refusal(setup.model, setup.example, error, name=model)
+        refused = refusal(setup.model, setup.example, error, name=model)
         as_data = format_ == "json"
         _emit(
-            to_json(refused.to_json()) if as_data else report.refusal_text(refused),
+            to_json(refused.to_json()) if as_data else report_text.refusal_text(refused),
             "json" if as_data else "text",
             output,
         )
@@ -100,26 +102,26 @@ def inspect(
 
 def render(compiled: CompiledModel, name: str, format_: str, pass_: str | None) -> str:
     """The compiled model called `name`, or one pass of it, in a format of `FORMATS`."""
-    if pass_ is not None and pass_ not in report.pass_names(compiled):
-        raise unknown_name("pass", pass_, report.pass_names(compiled))
+    if pass_ is not None and pass_ not in listing.pass_names(compiled):
+        raise unknown_name("pass", pass_, listing.pass_names(compiled))
     if format_ == "python":
-        return report.python(compiled, pass_, model=name)
+        return listing.python(compiled, pass_, model=name)
     if format_ in ("dot", "svg"):
         shown = pass_ or compiled.history[-1].name
-        graphs = report.graphs_after(compiled, shown)
+        graphs = listing.graphs_after(compiled, shown)
         draw = to_dot if format_ == "dot" else to_svg
         return draw(
-            graphs if shown in report.PARTS else next(iter(graphs.values())),
+            graphs if shown in listing.PARTS else next(iter(graphs.values())),
             title=f"{name} after {shown}",
             batch=batch_symbol(compiled.captured.module),
         )
     if format_ == "text" and pass_ is not None:
-        return report.pass_text(compiled, pass_, model=name)
-    examined = report.examine(compiled, name=name, plan=format_plan(make_plan(compiled)))
+        return listing.pass_text(compiled, pass_, model=name)
+    examined = examine(compiled, name=name, plan=format_plan(make_plan(compiled)))
     if format_ == "text":
-        return report.text(examined)
-    graphs = report.all_graphs(compiled) if pass_ is None else report.graphs_after(compiled, pass_)
-    sources = report.sources(compiled, graphs)
+        return report_text.text(examined)
+    graphs = listing.all_graphs(compiled) if pass_ is None else listing.graphs_after(compiled, pass_)
+    sources = listing.sources(compiled, graphs)
     return to_json({"supported": True, **examined.to_json(), "graphs": sources})
 
 

@@ -18,12 +18,15 @@ from torch import nn
 from typer import Option
 
 from ..api import compile as compile_program
-from ..compiler.report import describe_estimator, quantity
+from ..compiler.columns import quantity
+from ..compiler.report_text import describe_estimator
 from ..models import Dataset, loaders
 from ..passes.errors import OptionError, unknown_name
-from ..runtime.checkpoint import versions as software_versions
+from ..runtime.history import History
 from ..runtime.metrics import jsonable
-from ..runtime.trainer import History, TrainableProgram, Trainer
+from ..runtime.trainable import TrainableProgram
+from ..runtime.trainer import Trainer
+from ..runtime.versions import versions as software_versions
 from .backpropagation import Backpropagation
 from .common import Setup, check_writable, set_up, to_json, write_whole
 from .options import MODEL_HELP, Common, with_common

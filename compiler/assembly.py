@@ -1,0 +1,147 @@
+"""From the graph after its last pass to what runs: clean stages, perturbed runs, gradient subgraphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from ..passes.complete_gradients import complete_gradient, model_outputs
+from ..passes.errors import UnsupportedModelError
+from ..passes.find_sites import Site, sites
+from ..passes.graph import Kind, Role, describe, outputs, placeholders
+from ..passes.insert_captures import captures_of
+from ..passes.share_prefixes import clean_run, perturbed_nodes, perturbed_run
+from ..passes.split_stages import split_stages
+from .cost import forward_share
+from .estimator import LikelihoodRatio
+from .program import GradientSubgraph, PerturbedRun
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The runnable parts of a program."""
+
+    stages: tuple[fx.GraphModule, ...]
+    runs: tuple[PerturbedRun, ...]
+    gradients: tuple[GradientSubgraph, ...]
+    untileable: str
+    """The first perturbed operation whose result has no dimension that holds the samples, or ``""``."""
+
+
+def assemble(
+    module: fx.GraphModule,
+    groups: Sequence[tuple[int, ...]],
+    vjps: dict[int, fx.GraphModule],
+    estimator: LikelihoodRatio,
+) -> Assembly:
+    """Split the one-copy graph by groups of sites, and complete each site's vjp.
+
+    Raises:
+        UnsupportedModelError: samples cannot be told apart although each is to have its own credit.
+    """
+    by_index = {site.index: site for site in sites(module)}
+    own = {index: copies for group in groups for index, copies in _own_captures(module, group, estimator).items()}
+    runs = tuple(_run(module, number, group, own) for number, group in enumerate(groups))
+    run_of = {index: run.index for run in runs for index in run.sites}
+    captures = captures_of(module)
+    gradients = []
+    for index, site in by_index.items():
+        source = _source(module, site, estimator)
+        graph = complete_gradient(
+            vjps[index],
+            site,
+            captures[index],
+            per_copy=own.get(index, False),
+            noise=estimator.noise,
+            score=estimator.score,
+            graph_module=module,
+            source=source,
+        )
+        number = run_of.get(index, 0)
+        gradients.append(GradientSubgraph(site, number, own.get(index, False), captures[index], graph, source))
+    untileable = next(filter(None, (_untileable(run.module) for run in runs)), "")
+    if untileable and estimator.credit == "sample":
+        raise UnsupportedModelError(
+            f"{untileable} has no dimension that holds the samples, so a sample's loss cannot be told apart. Use "
+            'LikelihoodRatio(credit="batch").'
+        )
+    return Assembly(_clean_stages(module, runs, gradients), runs, tuple(gradients), untileable)
+
+
+def noise_points(module: fx.GraphModule) -> list[int]:
+    """The sites at whose noise point a predicted gradient is read; the model's output needs no prediction.
+
+    Raises:
+        UnsupportedModelError: the model's output is not one tensor with the samples first.
+    """
+    results = [node for output, node in outputs(module) if output.kind == "output"]
+    layout = results[0].meta.get("layout") if len(results) == 1 and isinstance(results[0], fx.Node) else None
+    if layout is None or (layout.dim, layout.outer, layout.sizes[0]) != (0, 1, 1):
+        raise UnsupportedModelError(
+            f'feedback="learned" needs a model whose output is one tensor with the samples first; this one returns '
+            f'{len(results)} value(s). Return the one that the loss reads, or use feedback="none".'
+        )
+    nodes = {node.name: node for node in module.graph.nodes}
+    ends = {nodes[name] for site in sites(module) for name in site.ends} - model_outputs(module.graph)
+    return sorted(end.meta["site"].index for end in ends)
+
+
+def _own_captures(module: fx.GraphModule, group: Iterable[int], estimator: LikelihoodRatio) -> dict[int, bool]:
+    """Whether the copies of each site of a group differ in what its gradient reads, and so have captures of their own.
+
+    A gradient through batch statistics always reads the clean run (DESIGN.md 9), whose statistics they are: copies side
+    by side must not meet in them.
+    """
+    if estimator.placement != "operation":
+        return dict.fromkeys(group, False)
+    perturbed = perturbed_nodes(module, group)
+    nodes = {node.name: node for node in module.graph.nodes}
+    captures, joined = captures_of(module), {site.index: site.joined for site in sites(module)}
+    return {i: not joined[i] and any(nodes[one.source] in perturbed for one in captures[i]) for i in group}
+
+
+def _run(module: fx.GraphModule, number: int, group: tuple[int, ...], own: dict[int, bool]) -> PerturbedRun:
+    captures = captures_of(module)
+    masks = {n.meta["site"].index: n.meta["alive"] for n in module.graph.nodes if "alive" in n.meta}
+    graph = perturbed_run(module, group, [one for index in group if own[index] for one in captures[index]])
+    alive = {index: masks[index] for index in group if index in masks}
+    return PerturbedRun(number, group, graph, forward_share(graph, module), alive)
+
+
+def _source(module: fx.GraphModule, site: Site, estimator: LikelihoodRatio) -> str:
+    """Where the site's cotangent comes from (`GradientSubgraph.source`)."""
+    if estimator.feedback == "none":
+        return "noise"
+    returned = {node.name for node in model_outputs(module.graph)}
+    exact = returned.issuperset(site.ends)  # `e` pulled back, nothing is predicted
+    return "feedback" if exact or estimator.correction == "none" else "corrected"
+
+
+def _untileable(run: fx.GraphModule) -> str:
+    for node in run.graph.nodes:
+        if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
+            layout = node.meta.get("layout")
+            if node.meta.get("kind") == Kind.ACTIVATION and (layout is None or not layout.batched):
+                return describe(node.args[0] if "noise_of" in node.meta else node)  # type: ignore[arg-type]
+    return ""
+
+
+def _clean_stages(
+    module: fx.GraphModule, runs: Iterable[PerturbedRun], gradients: Iterable[GradientSubgraph]
+) -> tuple[fx.GraphModule, ...]:
+    """The clean run, with every value and capture that another graph reads, cut behind each noise point."""
+    gradients = list(gradients)
+    readers = [run.module for run in runs] + [gradient.module for gradient in gradients]
+    values = {
+        node.meta["target"]: None
+        for reader in readers
+        for node in placeholders(reader, Role.VALUE)
+        if "capture" not in node.meta
+    }
+    captures = {
+        name for gradient in gradients if not gradient.per_copy for c in gradient.captures for name in (c.name, c.scale)
+    }
+    points = [node.name for node in module.graph.nodes if "site" in node.meta]
+    return tuple(split_stages(clean_run(module, values, captures), points))
