@@ -167,8 +167,8 @@ def _check_static(module: fx.GraphModule) -> None:
         if any(isinstance(part, _SYMBOLIC) and free_unbacked_symbols(part) for part in parts):
             raise UnsupportedModelError(
                 f"{describe(node)} makes a Python number or a shape of a tensor's values, which would have to be the "
-                "same for all samples and copies. Keep it a tensor: without .item(), and with torch.where or a mask instead "
-                "of nonzero, masked_select or boolean indexing."
+                "same for all samples and copies. Keep it a tensor: without .item(), and with torch.where or a mask "
+                "instead of nonzero, masked_select or boolean indexing."
             )
 
 
@@ -229,7 +229,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
 
 
 _ADVERTISEMENTS = (
-    "For more", "For extended", "For C++", "If you suspect", "The error above", "Use tlparse", "Developer debug context",
+    "For more", "For extended", "For C++", "If you suspect", "The error above", "Use tlparse",
+    "Developer debug context",
     "Set TORCHDYNAMO",
     "consider using data-dependent", "Caused by: (_export",
 )  # fmt: skip

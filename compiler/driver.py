@@ -54,7 +54,7 @@ def compile_model(model: nn.Module, example_inputs: Any, estimator: LikelihoodRa
             'Use LikelihoodRatio(credit="batch"), which takes one loss for the whole batch.'
         )
 
-    join = partial(find_sites, join_statistics=estimator.capture == "exact", share_sums=alive)
+    join = partial(find_sites, share_sums=alive)
     reach: list[tuple[str, GraphPass]] = [("extend_reach", partial(extend_reach, reach=estimator.reach))]
     _run_passes(history, [("find_sites", join), *(reach if feedback else [])])
     points = _noise_points(history[-1].module, captured) if feedback else None

@@ -38,17 +38,18 @@ class LikelihoodRatio:
         chunk: copies that run side by side; None runs all at once. Bounds memory, and does not change the noise.
         placement: where the noise goes. ``"operation"``: on every coordinate of every site's output, each copy with its
             own captures (1). ``"alive"``: sites that meet in a sum share its noise, coordinates that the next operation
-            blocks get none (10), and all captures are the clean run's (9); needs ``capture="exact"``. Much less variance
-            for an error of order σ².
-        feedback: ``"none"``, or ``"learned"`` (12): each site learns the mean Jacobian of the outputs from the perturbed
+            blocks get none (10), and all captures are the clean run's (9); needs ``capture="exact"``. Much less
+            variance for an error of order σ².
+        feedback: ``"none"``, or ``"learned"`` (12): each site learns the mean Jacobian of the outputs from the
+        perturbed
             runs, and its gradient is predicted from the clean run alone. Needs ``placement="alive"`` and
             ``groups="joint"``; then 2 copies do.
         correction: with feedback, what the perturbed runs of the step itself add. ``"none"``: the prediction as it is;
             **biased** as long as, and wherever, the mean Jacobian is not the sample's. ``"full"``: what the prediction
             leaves unexplained, by likelihood ratio: unbiased (up to σ²) whatever was learned, and noisier.
         reach: with feedback, how many noise points on a gradient is read, and pulled back from exactly inside its own
-            subgraph (14). 0 has no backpropagation at all; each hop more is one stretch of *local* backpropagation, up to
-            operations without derivative; a reach beyond the last site is backpropagation itself.
+            subgraph (14). 0 has no backpropagation at all; each hop more is one stretch of *local* backpropagation, up
+            to operations without derivative; a reach beyond the last site is backpropagation itself.
         probe: with feedback, the share of the batch that is perturbed each step (its first samples).
         warmup: with feedback, the first steps, in which it is learned and all gradients are zero.
         trust: with feedback, whether each site's step is scaled by how well its predictions explain fresh copies
@@ -109,7 +110,9 @@ class LikelihoodRatio:
                 raise OptionError(f"sigma={sigma!r}: the noise needs a positive, finite standard deviation.")
 
         if self.placement == "alive" and self.capture != "exact":
-            raise OptionError(f'placement="alive" keeps exact captures of the clean run; capture={self.capture!r} cannot.')
+            raise OptionError(
+                f'placement="alive" keeps exact captures of the clean run; capture={self.capture!r} cannot.'
+            )
         if self.feedback == "learned":
             self._check_feedback()
 
@@ -131,7 +134,7 @@ class LikelihoodRatio:
 
     @classmethod
     def feedback_learned(cls, copies: int = 2, sigma: float = 0.1, **changes: Any) -> LikelihoodRatio:
-        """Learned feedback (DESIGN.md 9, 10, 12): a gradient from the clean run, 2 perturbed forwards a step by default."""
+        """Learned feedback (DESIGN.md 9, 10, 12): gradients from the clean run, 2 perturbed forwards a step."""
         settings: dict[str, Any] = {"placement": "alive", "groups": "joint", "feedback": "learned"}
         return cls(**{**settings, "copies": copies, "sigma": sigma, **changes})
 

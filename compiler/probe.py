@@ -118,7 +118,9 @@ def _few(node: fx.Node, value: Any) -> Any:
 class _Recorder(fx.Interpreter):
     """Runs a graph and keeps every result; batch statistics are taken from `reference` where given."""
 
-    def __init__(self, module: fx.GraphModule, values: dict[fx.Node, Any], reference: dict[fx.Node, Any] | None) -> None:
+    def __init__(
+        self, module: fx.GraphModule, values: dict[fx.Node, Any], reference: dict[fx.Node, Any] | None
+    ) -> None:
         super().__init__(module)
         self.results: dict[fx.Node, Any] = {}
         self.reference = reference

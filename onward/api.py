@@ -13,7 +13,7 @@ from .runtime.loss import Loss
 from .runtime.program import Program
 
 
-def compile(  # noqa: A001 - the verb of the package, as in torch.compile
+def compile(
     model: nn.Module,
     example_inputs: Any,
     *,
@@ -26,7 +26,8 @@ def compile(  # noqa: A001 - the verb of the package, as in torch.compile
     Args:
         model: any module that ``torch.export`` (or ``torch.fx.symbolic_trace``) can trace; trained in place, in the
             train/eval mode that it has now.
-        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments of ``forward``. Tensors
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments of ``forward``.
+        Tensors
             have the batch first; the batch size stays free.
         loss: ``(output, target) -> one loss a sample``; a torch loss with a ``reduction`` may be given as it is. It may
             have no derivative, be a black box, and need not be traceable.
@@ -34,7 +35,8 @@ def compile(  # noqa: A001 - the verb of the package, as in torch.compile
         seed: seed of all noise.
 
     Raises:
-        onward.errors.OnwardError: the model, an option or the example cannot work; the message says where and what to do.
+        onward.errors.OnwardError: the model, an option or the example cannot work; the message says where and what to
+        do.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"model is {type(model).__name__}; it has to be a torch.nn.Module.")

@@ -12,8 +12,8 @@ In front of the vjp go
    times the alive mask, where the noise point has one (10),
 3. in the second case, the scaling of sizes by the number of copies, and the tiling of constants with one row a sample.
 
-What a completed subgraph reads is captures, parameters, constants, ``weights``, the ids of draws or copies, the key, and
-the feedback matrix and ``e``: never another subgraph's result, and never noise.
+What a completed subgraph reads is captures, parameters, constants, ``weights``, the ids of draws or copies, the key,
+and the feedback matrix and ``e``: never another subgraph's result, and never noise.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ def _cotangent(
             terms.append(graph.call_function(ops.weighted_noise, (weights, copies, key, number, noise, score, *where)))
         else:
             draws = add_runtime_placeholder(graph, "draws", None)
-            terms.append(graph.call_function(ops.weighted_noise_sum, (weights, draws, key, number, noise, score, *where)))
+            terms.append(
+                graph.call_function(ops.weighted_noise_sum, (weights, draws, key, number, noise, score, *where))
+            )
     if source in ("feedback", "corrected"):
         error = _error(graph, end.graph)
         learned = error.meta["val"].new_empty(layout.elements, error.meta["val"].shape[1])

@@ -1,17 +1,18 @@
 """Pass: let a site's gradient be pulled back exactly from noise points further on (DESIGN.md 13, 14).
 
-With ``reach = r`` the gradient subgraph of a site is the local vjp from its parameters to the noise points r hops further
-on, its *frontier*, where the predicted gradient is read. ``reach = 0`` is the site alone, with nothing pulled back through
-another site's operation; each hop more is one more stretch of **local backpropagation**, recomputed inside the subgraph from
-the captured input, and a reach beyond the last site is backpropagation. Subgraphs stay independent of each other.
+With ``reach = r`` the gradient subgraph of a site is the local vjp from its parameters to the noise points r hops
+further on, its *frontier*, where the predicted gradient is read. ``reach = 0`` is the site alone, with nothing pulled
+back through another site's operation; each hop more is one more stretch of **local backpropagation**, recomputed
+inside the subgraph from the captured input, and a reach beyond the last site is backpropagation. Subgraphs stay
+independent of each other.
 
-A noise point at fewer than r hops (counted along the shortest way) is passed, any other that is met ends the way: so no way
-is counted twice. The model's output ends every way.
+A noise point at fewer than r hops (counted along the shortest way) is passed, any other that is met ends the way: so
+no way is counted twice. The model's output ends every way.
 
 Writes ``meta["site"]`` anew with `frontier` and `beyond`.
 
-Declines: a noise point behind which any way meets an operation without derivative (`WITHOUT_DERIVATIVE`, or one whose result
-is not floating-point) is not passed; the way ends there.
+Declines: a noise point behind which any way meets an operation without derivative (`WITHOUT_DERIVATIVE`, or one whose
+result is not floating-point) is not passed; the way ends there.
 """
 
 from __future__ import annotations

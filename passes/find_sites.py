@@ -1,17 +1,17 @@
 """Pass: find the sites, the operations that combine parameters with activations.
 
 A node is a site if it reads both a value that depends on a trainable parameter and no input (a parameter, or an
-expression of parameters such as weight norm, a tied or transposed weight) and one that depends on an input. Its *region*
-is the node with the parameter expressions it reads: what the local vjp differentiates. A parameter read by several sites
-sums their gradients.
+expression of parameters such as weight norm, a tied or transposed weight) and one that depends on an input. Its
+*region* is the node with the parameter expressions it reads: what the local vjp differentiates. A parameter read by
+several sites sums their gradients.
 
 With ``join_statistics`` an operation that normalises by statistics of the batch (batch normalisation in training mode)
 joins the site that feeds it, if nothing else reads that site: its statistics couple the samples, the copies see the
 clean run's (`share_prefixes`), so only the local vjp can know how they depend on the weights before them.
 
 With ``share_sums`` sites whose results meet in an addition that nothing bypasses (a block's last convolution and its
-shortcut) become one site with its noise at the sum: their gradients are the same there; and a group or layer normalisation that
-alone reads a site joins it, a cheap local chain that is known exactly (DESIGN.md 10).
+shortcut) become one site with its noise at the sum: their gradients are the same there; and a group or layer
+normalisation that alone reads a site joins it, a cheap local chain that is known exactly (DESIGN.md 10).
 
 Writes ``meta["site"]`` (a `Site`) on the node whose value receives the noise.
 
@@ -84,9 +84,7 @@ class Site:
         return "+" in self.operation
 
 
-def find_sites(
-    module: fx.GraphModule, *, join_statistics: bool = True, share_sums: bool = False
-) -> fx.GraphModule:
+def find_sites(module: fx.GraphModule, *, join_statistics: bool = True, share_sums: bool = False) -> fx.GraphModule:
     module = clone(module)
     classify(module)
     order = {node: position for position, node in enumerate(module.graph.nodes)}
@@ -189,7 +187,9 @@ def _region(output: fx.Node, members: list[tuple[fx.Node, fx.Node]], order: dict
     for _, last in members:
         current = last
         while current is not output:  # each step on the way has one reader
-            current = _output(current) if isinstance(current.meta.get("val"), (tuple, list)) else next(iter(current.users))
+            current = (
+                _output(current) if isinstance(current.meta.get("val"), (tuple, list)) else next(iter(current.users))
+            )
             inside.add(current)
     stack = [source for node in inside for source in node.all_input_nodes]
     while stack:
@@ -257,8 +257,8 @@ def _check_reached(module: fx.GraphModule) -> None:
         placed = output.kind == "output" and isinstance(node, fx.Node)
         if placed and (node.meta["kind"] == Kind.PARAMETER or node.meta.get("trainable")):
             raise UnsupportedModelError(
-                f"the model returns {describe(node)}, an expression of trainable parameters alone, and no noise can show how "
-                "the loss depends on it. Return it detached (`.detach()`), or compute it in the loss."
+                f"the model returns {describe(node)}, an expression of trainable parameters alone, and no noise can show "
+                "how the loss depends on it. Return it detached (`.detach()`), or compute it in the loss."
             )
     if not any(node.meta["trainable"] for node in placeholders(module, Role.PARAMETER)):
         raise UnreachedParameterError("the model has no trainable parameter: there is nothing to train.")

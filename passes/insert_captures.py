@@ -11,8 +11,8 @@ Sites whose rule does not allow an encoding, or that multiply two activations, a
 normalised activation is captured where signs are asked for, and of batch normalisation by the batch's statistics
 always. Sites that read the same activation share its capture.
 
-Writes ``meta["captures"]`` (a tuple of `Capture`) on each noise point, and appends the captured nodes to the outputs, so
-that no dead-code elimination can take them.
+Writes ``meta["captures"]`` (a tuple of `Capture`) on each noise point, and appends the captured nodes to the outputs,
+so that no dead-code elimination can take them.
 """
 
 from __future__ import annotations
@@ -73,9 +73,7 @@ class Capture:
         return f"{self.name}.scale"
 
 
-def insert_captures(
-    module: fx.GraphModule, *, gradients: dict[int, fx.GraphModule], capture: str
-) -> fx.GraphModule:
+def insert_captures(module: fx.GraphModule, *, gradients: dict[int, fx.GraphModule], capture: str) -> fx.GraphModule:
     module = clone(module)
     nodes = {node.name: node for node in module.graph.nodes}
     added: dict[str, list[tuple[Output, fx.Node]]] = {}

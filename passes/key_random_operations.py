@@ -113,7 +113,9 @@ def _dropout(b: _Builder) -> None:
     if b.node.target == _aten.native_dropout.default:  # returns (value, mask)
         for user in list(b.node.users):
             if user.target is not operator.getitem or user.args[1] != 0:
-                raise UnsupportedModelError(f"{describe(b.node)}: the dropout mask itself is used; only its value may be.")
+                raise UnsupportedModelError(
+                    f"{describe(b.node)}: the dropout mask itself is used; only its value may be."
+                )
             result = user
     assert isinstance(x, fx.Node)
     uniform = b.random("uniform", x) if training and p else None

@@ -1,8 +1,8 @@
 """Pass: find the batch dimension of every tensor.
 
-Writes ``meta["layout"]`` (a `Layout`) on every node that holds one tensor. The batch size is a symbol in the shapes that
-``torch.export`` recorded; a dimension of size ``c * batch`` holds the samples, ``c`` rows each. Whether its rows are
-ordered samples first (``x.flatten(0, 1)``) or last cannot be read off a shape: this pass assumes samples first and
+Writes ``meta["layout"]`` (a `Layout`) on every node that holds one tensor. The batch size is a symbol in the shapes
+that ``torch.export`` recorded; a dimension of size ``c * batch`` holds the samples, ``c`` rows each. Whether its rows
+are ordered samples first (``x.flatten(0, 1)``) or last cannot be read off a shape: this pass assumes samples first and
 ``compiler.probe`` corrects it from a run.
 
 Sizes that depend on the batch are rewritten to read the batch size from an input, never from a tensor that noise will
@@ -13,7 +13,6 @@ not a multiple of it, gets no layout. Such a graph mixes samples and runs one co
 """
 
 from __future__ import annotations
-
 
 import operator
 

@@ -5,10 +5,11 @@ gradient to first order; noise on it would only be variance. For every noise poi
 a boolean mask is computed from the **clean** run's value and given to the noise node, and is multiplied into the site's
 cotangent by `complete_gradients`.
 
-To first order in σ nothing changes; at finite σ the estimate is that of a loss smoothed over the alive coordinates only.
+To first order in σ nothing changes; at finite σ the estimate is that of a loss smoothed over the alive coordinates
+only.
 
-Writes ``meta["clean"]`` on the mask's nodes (they are the clean run's also in a perturbed one) and ``meta["alive"]``, the
-mask's name, on the noise point.
+Writes ``meta["clean"]`` on the mask's nodes (they are the clean run's also in a perturbed one) and ``meta["alive"]``,
+the mask's name, on the noise point.
 
 Declines: a reader that is not in the table blocks nothing, so the site gets no mask.
 """

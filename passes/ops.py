@@ -3,12 +3,12 @@
 A pass may name an operator, and a graph that holds it prints, verifies and exports, without the kernels being imported.
 
 **Copies.** A run of the perturbed graph holds ``K`` copies of the batch side by side, tiled into the batch dimension.
-``copies`` is an int64 tensor ``(K,)`` of copy ids. Id ``d >= 0`` carries the noise of draw ``d``; id ``~d = -d - 1`` is its
-antithetic twin and carries exactly the negated noise.
+``copies`` is an int64 tensor ``(K,)`` of copy ids. Id ``d >= 0`` carries the noise of draw ``d``; id ``~d = -d - 1``
+is its antithetic twin and carries exactly the negated noise.
 
 **Layout.** ``sizes``, ``dim``, ``outer`` say where the samples of a tensor are. ``sizes`` is its shape with the batch
-dimension's entry divided by the batch size ``N`` (so it is static); ``dim`` is the batch dimension, whose rows are ordered
-``(outer, N, sizes[dim] // outer)``; usually ``sizes[dim] == outer == 1``. A tiled tensor has rows
+dimension's entry divided by the batch size ``N`` (so it is static); ``dim`` is the batch dimension, whose rows are
+ordered ``(outer, N, sizes[dim] // outer)``; usually ``sizes[dim] == outer == 1``. A tiled tensor has rows
 ``(outer, K, N, inner)``. ``dim = -1`` means that the tensor has no batch dimension; it cannot hold more than one copy.
 
 **Keys.** ``key`` is an int64 tensor ``(2,)`` of ``(seed, step)``. An element of noise is a function of

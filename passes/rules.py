@@ -103,9 +103,7 @@ RULES: dict[Any, Rule] = {
     _aten.embedding.default: LOOKUP,
     _aten.embedding_bag.default: LOOKUP,
     _aten.index.Tensor: LOOKUP,
-    _aten.layer_norm.default: Rule(
-        "normalized", True, _without_affine(2, 3, None), _last_dims, "γ reads x̂, β nothing"
-    ),
+    _aten.layer_norm.default: Rule("normalized", True, _without_affine(2, 3, None), _last_dims, "γ reads x̂, β nothing"),
     _aten.group_norm.default: Rule("normalized", True, _without_affine(2, 3, None), _channels, "γ reads x̂, β nothing"),
     **dict.fromkeys(
         (_aten._native_batch_norm_legit_functional.default, _aten._native_batch_norm_legit.no_stats),

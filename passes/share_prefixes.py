@@ -1,15 +1,16 @@
 """Pass: split the one-copy graph into the clean run and one perturbed run a group of sites (DESIGN.md 5).
 
-``perturbed_run(module, sites)`` keeps only what the noise of those sites can change. Everything before is computed once,
-in the clean run, and shared by all copies. The perturbed run holds all copies of a chunk side by side in the batch:
+``perturbed_run(module, sites)`` keeps only what the noise of those sites can change. Everything before is computed
+once, in the clean run, and shared by all copies. The perturbed run holds all copies of a chunk side by side in the
+batch:
 
 1. A noise node of the group branches: it takes the clean value and returns its copies.
 2. A clean value that a perturbed operation reads is tiled, if it has a batch dimension, or shared as it is.
 3. A size that depends on the batch is multiplied by the number of copies, unless it is a value (``h / len(h)``).
 4. Noise nodes of other groups vanish.
-5. An operation with batch statistics (batch normalisation in training mode) sees the clean run's statistics: copies then
-   do not depend on each other or on other samples, and the per-sample losses stay attributable. Running statistics are
-   moved by the clean run alone, once a step.
+5. An operation with batch statistics (batch normalisation in training mode) sees the clean run's statistics: copies
+   then do not depend on each other or on other samples, and the per-sample losses stay attributable. Running
+   statistics are moved by the clean run alone, once a step.
 
 ``clean_run(module, values)`` is the model's own forward with captures, and with every value that the other graphs read.
 
@@ -47,9 +48,7 @@ def perturbed_nodes(module: fx.GraphModule, group: Iterable[int]) -> set[fx.Node
     return reached
 
 
-def perturbed_run(
-    module: fx.GraphModule, group: Iterable[int], captures: Iterable[Capture] = ()
-) -> fx.GraphModule:
+def perturbed_run(module: fx.GraphModule, group: Iterable[int], captures: Iterable[Capture] = ()) -> fx.GraphModule:
     """The perturbed run of the sites in `group`; `captures` are those to take a copy, in this run."""
     names = {name for one in captures for name in (one.name, one.scale)}
     compute = perturbed_nodes(module, group)
@@ -188,7 +187,7 @@ class _Extraction:
         if factor is None:
             raise UnsupportedModelError(
                 f"{describe(node)}: the size {node.meta['val']} grows with the batch but is not a multiple of it, so "
-                "copies cannot stand side by side in the batch. Use credit=\"batch\", which runs one copy at a time."
+                'copies cannot stand side by side in the batch. Use credit="batch", which runs one copy at a time.'
             )
         count = self.graph.call_function(_aten.sym_size.int, (self._runtime("copies"), 0))
         scaled = self.graph.call_function(operator.mul, (new, count))

@@ -2,8 +2,8 @@
 
 The region alone is differentiated, traced by ``make_fx`` with symbolic batch, functionalised, dead code removed. What
 is left of a convolution or a linear layer is exactly the weight-gradient kernel. Inputs are the operands that the vjp
-really reads (others are dropped: they need no capture), the parameters that it reads, and ``cotangent``, the gradient of
-the loss at the noise point, shaped like the site's output. Outputs are the gradients of the site's parameters.
+really reads (others are dropped: they need no capture), the parameters that it reads, and ``cotangent``, the gradient
+of the loss at the noise point, shaped like the site's output. Outputs are the gradients of the site's parameters.
 
 Returns the subgraphs by site index; the graph itself is not changed.
 
@@ -151,9 +151,7 @@ def _copied_region(site: Site, nodes: dict[str, fx.Node]) -> tuple[fx.GraphModul
     return fx.GraphModule({}, graph), tuple(node.name for node in operands)
 
 
-def _normalized_region(
-    site: Site, core: fx.Node, nodes: dict[str, fx.Node]
-) -> tuple[Any, tuple[str, ...]]:
+def _normalized_region(site: Site, core: fx.Node, nodes: dict[str, fx.Node]) -> tuple[Any, tuple[str, ...]]:
     """``(x̂, *parameters) -> z``; x̂ has the shape of the site's output, whose name stands for it."""
     rule: Rule = rule_for(core.target)
     assert rule.affine is not None
@@ -218,8 +216,8 @@ def _normal_form(
         if not isinstance(result, fx.Node) or not any(_depends_on(result, c) for c in places[: len(site.ends)]):
             raise UnreachedParameterError(
                 f"the parameter {target!r} has no local derivative at {describe(core)}: on its way there it passes an "
-                "operation whose derivative is zero (sign, round, comparison, argmax, detach). It would stay untrained. "
-                "Freeze it, or keep the operation without derivative on the activations."
+                "operation whose derivative is zero (sign, round, comparison, argmax, detach). It would stay "
+                "untrained. Freeze it, or keep the operation without derivative on the activations."
             )
         gradients.append((Output("gradient", target), mapping[result]))
     clean.output(tuple(value for _, value in gradients))

@@ -123,7 +123,9 @@ class _Step:
     def evaluate(self, action: Error) -> None:
         given, result = self.given, self.result
         result.output = _leaves(self.environment)
-        leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in result.output]  # a loss may write into it
+        leaves = [
+            leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in result.output
+        ]  # a loss may write into it
         if given.output_error is None:
             self.clean = given.loss(leaves, 1, given.samples)[0]
         else:
@@ -184,7 +186,8 @@ class _Step:
             assert self.unexplained is not None
             for run in self.compiled.runs:
                 for site in run.sites:
-                    given[f"runtime:weights.{site}"] = self.unexplained / (self.executor.sigmas[site] * self.estimator.draws)
+                    scale = self.executor.sigmas[site] * self.estimator.draws
+                    given[f"runtime:weights.{site}"] = self.unexplained / scale
         elif not description.from_clean:
             given["runtime:weights"] = self._weights(description)
         sources = (given, self.perturbed, self.environment) if description.per_copy else (given, self.environment)

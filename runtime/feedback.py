@@ -1,7 +1,7 @@
 """Learned feedback: the mean Jacobian of the outputs at every noise point, learned from the perturbed runs.
 
-DESIGN.md 12; it extends FDFA (Bacho & Chu, arXiv 2212.07282, after Lansdell, Prakash & Kording, ICLR 2020), learning from
-the joint residual of all noise points and on their alive coordinates only.
+DESIGN.md 12; it extends FDFA (Bacho & Chu, arXiv 2212.07282, after Lansdell, Prakash & Kording, ICLR 2020), learning
+from the joint residual of all noise points and on their alive coordinates only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class FeedbackState:
         jacobians: for every noise point ``(elements a sample, outputs)``: the mean of ∂output/∂coordinate over samples
             in which the coordinate is alive.
         steps: learning steps taken.
-        slopes: for every noise point the decayed sums ``(Σ own·predicted, Σ predicted²)`` of its own response and of the
+        slopes: for every noise point the decayed sums ``(Σ own·predicted, Σ predicted²)`` of its own response and of
+        the
             prediction, both along the loss's gradient.
         explained: share of the output's response that the last step's predictions explained, before learning from it.
     """
@@ -63,16 +64,16 @@ class FeedbackState:
             jacobian = state[f"feedback.{site}.jacobian"]
             if jacobian.shape != mine.shape:
                 raise CheckpointError(
-                    f"the feedback of site {site} was learned for {tuple(jacobian.shape)} (elements, outputs); this model "
-                    f"has {tuple(mine.shape)} there. Feedback cannot move to a changed model."
+                    f"the feedback of site {site} was learned for {tuple(jacobian.shape)} (elements, outputs); this "
+                    f"model has {tuple(mine.shape)} there. Feedback cannot move to a changed model."
                 )
             jacobians[site] = jacobian.to(mine.device, mine.dtype).clone()
             slopes[site] = (float(state[f"feedback.{site}.own"]), float(state[f"feedback.{site}.predicted"]))
         return FeedbackState(jacobians, int(state["feedback.steps"]), slopes, float(state["feedback.explained"]))
 
     def trust(self, site: int) -> float:
-        """How far the site's predictions are borne out by fresh copies: the slope of the response on the prediction, cut
-        to [0, 1]. 1 where nothing was measured yet."""
+        """How far the site's predictions are borne out by fresh copies: the slope of the response on the prediction,
+        cut to [0, 1]. 1 where nothing was measured yet."""
         own, predicted = self.slopes.get(site, (0.0, 0.0))
         return min(1.0, max(0.0, own / predicted)) if predicted > 0 else 1.0
 
@@ -81,8 +82,8 @@ class FeedbackState:
 class Probe:
     """What a perturbed run showed: enough to learn from, noise excepted, which is regenerated.
 
-    `response` is half the difference of the two twins' outputs, ``(draws, samples, outputs)``; `error` the loss's gradient
-    at the clean output, ``(samples, outputs)``; `alive` the noise points' masks, of `samples` samples.
+    `response` is half the difference of the two twins' outputs, ``(draws, samples, outputs)``; `error` the loss's
+    gradient at the clean output, ``(samples, outputs)``; `alive` the noise points' masks, of `samples` samples.
     """
 
     response: Tensor
@@ -103,10 +104,11 @@ def learn(
     """One step of joint normalised least squares on what the current Jacobians leave unexplained.
 
     ``J_i += μ mean(ε_i ⊗ (Δo − Σ_j J_jᵀ ε_j))``, each coordinate's mean over the samples in which it is alive, with
-    ``μ = min(max(0.05, 1/step), N / (N + d))``: N samples x draws, d the coordinates that received noise. Beyond the second
-    bound the iteration diverges. It also would where a sample is alive in many coordinates that are dead in most others:
-    with ``T = Σ 1/share`` over a sample's alive coordinates (d on average) its residual counts ``min(1, d / T)``. Then
-    ``E[A²] ≤ (1 + d / N) diag(A)`` for the update's matrix A (Rademacher noise), so the expected square error never grows.
+    ``μ = min(max(0.05, 1/step), N / (N + d))``: N samples x draws, d the coordinates that received noise. Beyond the
+    second bound the iteration diverges. It also would where a sample is alive in many coordinates that are dead in most
+    others: with ``T = Σ 1/share`` over a sample's alive coordinates (d on average) its residual counts ``min(1, d /
+    T)``. Then ``E[A²] ≤ (1 + d / N) diag(A)`` for the update's matrix A (Rademacher noise), so the expected square
+    error never grows.
 
     Returns:
         The new state, and the response that the old one predicted, ``(draws, samples, outputs)``.
@@ -172,7 +174,8 @@ def _sample_weights(sites: list[Site], probe: Probe, shares: dict[int, Tensor], 
         if mask is None:
             total += site.layout.elements
         else:
-            total += to_rows(mask, site.layout, samples).to(total.dtype) @ shares[site.index].clamp_min(1 / samples).reciprocal()
+            alive = to_rows(mask, site.layout, samples).to(total.dtype)
+            total += alive @ shares[site.index].clamp_min(1 / samples).reciprocal()
     return (coordinates / total.clamp_min(1)).clamp_max(1)
 
 

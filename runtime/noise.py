@@ -57,10 +57,10 @@ def perturb(
 ) -> Tensor:
     """``z + sigmas[site] * noise`` for every copy (DESIGN equation 1), on the `alive` coordinates where given (10).
 
-    `z` is floating, clean or (`tiled`) tiled; `alive` is boolean, of z's clean shape; `copies` int64 (K,), `key` int64 (2,), `sigmas` floating (sites,). The
-    result is tiled, contiguous, of z's dtype; noise and scale are rounded to that dtype first. Where a scale is 0 the
-    result is z, bit for bit. Raises UnknownNameError for a noise, OptionError for several copies without a batch
-    dimension.
+    `z` is floating, clean or (`tiled`) tiled; `alive` is boolean, of z's clean shape; `copies` int64 (K,), `key` int64
+    (2,), `sigmas` floating (sites,). The result is tiled, contiguous, of z's dtype; noise and scale are rounded to
+    that dtype first. Where a scale is 0 the result is z, bit for bit. Raises UnknownNameError for a noise, OptionError
+    for several copies without a batch dimension.
     """
     num_copies = copies.shape[0]
     _check_copies(num_copies, dim)

@@ -27,8 +27,8 @@ _SITE = (1 << 24) - 1
 class OutputError:
     """``(output, target, key) -> (losses (N,), error (N, outputs))``, the error being that of the mean loss.
 
-    A loss with a derivative is traced once to a graph (once a batch size if its code depends on it, as by ``len(output)``),
-    so that no autograd graph is built while training. A black box (a
+    A loss with a derivative is traced once to a graph (once a batch size if its code depends on it, as by
+    ``len(output)``), so that no autograd graph is built while training. A black box (a
     loss that cannot be traced, or has no derivative) is differentiated by likelihood ratio at the output, which is one
     more site: perturbed outputs, `BLACK_BOX_DRAWS` pairs of them, but no perturbed model.
     """
@@ -108,7 +108,8 @@ def _trace(loss: SampleLoss, output: Tensor, target: Tensor, *, free: bool) -> f
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
     fakes = []
     for tensor in (output, target):
-        two = torch.cat([tensor, tensor]) if free and tensor.shape[0] == 1 else tensor  # a size of 1 would be a constant
+        constant = free and tensor.shape[0] == 1  # a size of 1 would be one
+        two = torch.cat([tensor, tensor]) if constant else tensor
         dynamic = [DimDynamic.DYNAMIC if free else DimDynamic.STATIC, *[DimDynamic.STATIC] * (tensor.dim() - 1)]
         fakes.append(mode.from_tensor(two, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic)))
     try:

@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..compiler.capture import as_call
-from ..compiler.site_options import resolve_sigmas
 from ..compiler.probe import copy_of
 from ..compiler.program import CompiledModel
+from ..compiler.site_options import resolve_sigmas
 from ..passes.errors import BatchError, CheckpointError, ModeError, OutOfMemoryError
 from ..passes.graph import Role, outputs, placeholders
 from . import noise as _noise  # noqa: F401  (registers the kernels)
@@ -52,7 +52,9 @@ class Program:
         self.executor = SerialExecutor(compiled, self.sigmas)
         everything = placeholders(compiled.captured.module)
         self._parameters = {
-            n.meta["target"]: (n.meta["trainable"], n.meta["val"]) for n in everything if n.meta["role"] == Role.PARAMETER
+            n.meta["target"]: (n.meta["trainable"], n.meta["val"])
+            for n in everything
+            if n.meta["role"] == Role.PARAMETER
         }
         canonical = {id(parameter): name for name, parameter in model.named_parameters()}
         self._names = {name: canonical[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
@@ -171,8 +173,8 @@ class Program:
         if spec != expected.spec:
             raise BatchError(
                 f"the inputs have another structure than the example: expected {_structure(expected.spec)}, got "
-                f"{_structure(spec)}. Pass a tensor, a tuple of positional arguments or a dict of keyword arguments, as "
-                "in the example."
+                f"{_structure(spec)}. Pass a tensor, a tuple of positional arguments or a dict of keyword arguments, "
+                "as in the example."
             )
         samples: int | None = None
         for position, (leaf, described) in enumerate(zip(leaves, expected.leaves, strict=True)):
@@ -204,8 +206,8 @@ class Program:
             if modules[name].training != training:
                 mode, wanted = ("eval", "train") if training else ("train", "eval")
                 raise ModeError(
-                    f"module {name or type(self.model).__name__!r} is in {mode} mode; the program was compiled in {wanted} "
-                    f"mode, which its graph holds. Call .{wanted}() on it before step, or compile again."
+                    f"module {name or type(self.model).__name__!r} is in {mode} mode; the program was compiled in "
+                    f"{wanted} mode, which its graph holds. Call .{wanted}() on it before step, or compile again."
                 )
         found: dict[str, nn.Parameter] = {}
         buffers: dict[str, Tensor] = {}
@@ -255,8 +257,8 @@ class Program:
         return environment
 
     def _loss(self, target: Any, device: torch.device) -> Any:
-        """``(output leaves, copies, samples) -> (copies, samples)``, or ``(copies, 1)`` with batch credit; of a perturbed
-        part of the batch the samples are its first."""
+        """``(output leaves, copies, samples) -> (copies, samples)``, or ``(copies, 1)`` with batch credit; of a
+        perturbed part of the batch the samples are its first."""
         spec = self.compiled.captured.out_spec
 
         def per_sample(leaves: list[Any], copies: int, samples: int) -> Tensor:
@@ -267,7 +269,8 @@ class Program:
         def batch(leaves: list[Any], copies: int, samples: int) -> Tensor:
             rows = [
                 pytree.tree_unflatten(
-                    [copy_of(leaf, layout, row, copies) for leaf, layout in zip(leaves, self._layouts, strict=True)], spec
+                    [copy_of(leaf, layout, row, copies) for leaf, layout in zip(leaves, self._layouts, strict=True)],
+                    spec,
                 )
                 for row in range(copies)
             ]
@@ -314,14 +317,17 @@ def _check_leaf(position: int, leaf: Any, described: tuple[Any, ...], samples: i
     if not isinstance(leaf, Tensor):
         raise BatchError(f"input {position} is {type(leaf).__name__}; the example has a tensor there.")
     if leaf.dtype != dtype:
-        raise BatchError(f"input {position} has dtype {leaf.dtype}; the example has {dtype}. Convert it with .to({dtype}).")
+        raise BatchError(
+            f"input {position} has dtype {leaf.dtype}; the example has {dtype}. Convert it with .to({dtype})."
+        )
     if leaf.device != device:
         raise BatchError(f"input {position} is on {leaf.device}; the program was compiled on {device}.")
     free = 1 if batched else 0
     if leaf.dim() != len(shape) or tuple(leaf.shape[free:]) != tuple(shape[free:]):
         wanted = ("N", *shape[1:]) if batched else shape
         raise BatchError(
-            f"input {position} has shape {tuple(leaf.shape)}; the program was compiled for ({', '.join(map(str, wanted))})."
+            f"input {position} has shape {tuple(leaf.shape)}; the program was compiled for "
+            f"({', '.join(map(str, wanted))})."
         )
     if not batched:
         return samples

@@ -15,7 +15,7 @@ def target_leaves(target: Any, samples: int) -> list[Any]:
 
 
 def repeat_target(target: Any, copies: int, samples: int) -> Any:
-    """`target` for every copy: whatever holds one entry a sample (tensor, NumPy array, list) is tiled, copy after copy."""
+    """`target` for every copy: what holds one entry a sample (tensor, array, list) is tiled, copy after copy."""
     if copies == 1:
         return target
 

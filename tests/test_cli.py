@@ -27,8 +27,8 @@ from onward.passes.errors import OptionError, OutputError
 
 COMMON = {
     "--model-option", "--data", "--alr", "--noise", "--score", "--capture", "--groups", "--copies", "--sigma",
-    "--antithetic", "--no-antithetic", "--chunk", "--credit", "--placement", "--feedback", "--correction", "--reach", "--probe",
-    "--warmup", "--trust", "--no-trust", "--seed", "--device", "--threads", "--debug",
+    "--antithetic", "--no-antithetic", "--chunk", "--credit", "--placement", "--feedback", "--correction", "--reach",
+    "--probe", "--warmup", "--trust", "--no-trust", "--seed", "--device", "--threads", "--debug",
 }  # fmt: skip
 TRAIN = {
     "--model", "--epochs", "--batch-size", "--lr", "--optimizer", "--compare-bp", "--directory", "--resume",

@@ -1,12 +1,13 @@
 """Learned feedback (DESIGN.md 12): what is learned, what is predicted from it, and how little it may depend on.
 
-Statistics: `BOUND` = 6 standard errors are exceeded by chance in 2e-9 of all comparisons. Where a bound on a random maximum
-is needed it is Doob's: a non-negative process whose expectation never grows exceeds ``c`` times its start with probability
-at most ``1 / c``.
+Statistics: `BOUND` = 6 standard errors are exceeded by chance in 2e-9 of all comparisons. Where a bound on a random
+maximum is needed it is Doob's: a non-negative process whose expectation never grows exceeds ``c`` times its start with
+probability at most ``1 / c``.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,8 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import onward
-from onward.passes.errors import CheckpointError, LossShapeError, NonFiniteLossError, OptionError, UnsupportedModelError
 from onward.passes import ops
+from onward.passes.errors import CheckpointError, LossShapeError, NonFiniteLossError, OptionError, UnsupportedModelError
 from onward.passes.find_sites import Site
 from onward.passes.graph import Layout
 from onward.runtime import executor, output_error
@@ -104,8 +105,9 @@ class Problem:
 
 @pytest.mark.parametrize(("widths", "samples", "draws"), [([6], 4, 2), ([20], 3, 1), ([3, 5, 2], 16, 1)])
 def test_the_error_shrinks_as_derived(widths: list[int], samples: int, draws: int) -> None:
-    """With noise of signs and no masks ``E[(1 - μ A)²] = 1 - 2 μ + μ² (N + d - 1) / N`` times the identity, A being
-    ``mean(ε εᵀ)`` over N samples x draws in d coordinates, so the expected square error is that product of its start."""
+    """With noise of signs and no masks ``E[(1 - μ A)²] = 1 - 2 μ + μ² (N + d - 1) / N`` times the identity,
+    A being ``mean(ε εᵀ)`` over N samples x draws in d coordinates: the expected square error is that product of its
+    start."""
     steps, count, width = 8, samples * draws, sum(widths)
     expected = 1.0
     for step in range(1, steps + 1):
@@ -175,7 +177,7 @@ def test_learning_never_diverges(
 
 @pytest.mark.parametrize("outliers", [1, 2])
 def test_samples_that_are_alive_where_no_other_is_do_not_make_it_diverge(outliers: int) -> None:
-    """The bound ``N / (N + d)`` alone would multiply the error of their coordinates by up to d N / (N + d) = 21 a step."""
+    """The bound ``N / (N + d)`` alone would multiply their coordinates' error by ``d N / (N + d)`` = 21 a step."""
     problem = Problem([64], 32, alive=clustered(32, 0.0, outliers, 0))
     state = problem.start
     for step in range(200):
@@ -197,9 +199,9 @@ def test_exact_jacobians_are_trusted() -> None:
 
 
 def test_independent_jacobians_are_not_trusted_nor_negated_ones() -> None:
-    """For independent Gaussian Jacobians the slope is a cosine of vectors of 60 x 20 elements seen through the errors of 16
-    samples: its standard deviation is below ``1 / sqrt(60)`` (one sample's) = 0.13, times `BOUND` less than 0.8; over 20
-    problems on the mean, 0.17."""
+    """For independent Gaussian Jacobians the slope is a cosine of vectors of 60 x 20 elements, seen through the errors
+    of 16 samples: its standard deviation is below ``1 / sqrt(60)`` = 0.13 (one sample's); the mean of 20 problems is
+    tested to `BOUND` times that over ``sqrt(20)``, 0.17."""
     measured = []
     for seed in range(20):
         problem = Problem([60], 16, 4, outputs=20, seed=seed)
@@ -224,7 +226,7 @@ def test_half_of_the_jacobian_is_trusted_in_full_and_twice_it_by_half() -> None:
 
 def mlp(*widths: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), activation()]
     return nn.Sequential(*layers[:-1]).double()
 
@@ -486,7 +488,9 @@ def test_trust_is_that_of_the_points_where_the_gradient_is_read() -> None:
     assert first.ends == (second.output,)
     assert program.feedback is not None
     program.feedback = replace(program.feedback, slopes={second.index: (0.25, 1.0)})
-    assert program.trust() == {f"{name}.{part}": 0.25 if name == "0" else 1.0 for name in "024" for part in ("weight", "bias")}
+    assert program.trust() == {
+        f"{name}.{part}": 0.25 if name == "0" else 1.0 for name in "024" for part in ("weight", "bias")
+    }
     untrusting = program_for(trust=False)
     untrusting.feedback = replace(untrusting.feedback, slopes={0: (0.25, 1.0)})  # type: ignore[type-var]
     assert set(untrusting.trust().values()) == {1.0}
@@ -670,8 +674,8 @@ def test_one_number_a_sample_is_an_output() -> None:
 def test_the_loss_does_not_rise(
     kind: str, optimizer: type[torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last layer's gradient is exact and its loss convex; what broken feedback adds in front is not trusted. Without
-    trust the same feedback moves the layers in front (below)."""
+    """The last layer's gradient is exact and its loss convex; what broken feedback adds in front is not trusted.
+    Without trust the same feedback moves the layers in front (below)."""
     program, x, y = prepared(kind, trust=True)
     if kind != "random labels":
         freeze_feedback(monkeypatch)

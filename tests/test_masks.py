@@ -1,12 +1,13 @@
 """Noise on alive coordinates only, and one noise point for the sites that meet in a sum (DESIGN.md 10).
 
 A mask has to be the set of coordinates with a non-zero derivative of what reads the noise point, which autograd gives
-with a random cotangent. Statistics are z-scores with Bonferroni's bound: `BOUND` = 6 is exceeded by chance in 2e-9 of all
-coordinates; every comparison holds fewer than 1000.
+with a random cotangent. Statistics are z-scores: `BOUND` = 6 is exceeded by chance in 2e-9 of all coordinates; every
+comparison holds fewer than 1000.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -201,7 +202,7 @@ def test_what_may_pass_is_not_masked(name: str) -> None:
 
 def mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers[:-1]).double()
 
@@ -288,7 +289,9 @@ def test_the_variance_falls_by_the_share_of_the_coordinates_that_are_alive() -> 
     totals = {}
     for placement, dimensions in (("operation", torch.full((6,), 12.0)), ("alive", (z > 0).sum(1))):
         expected = float((size * (dimensions - 1)).sum()) / 4
-        program = alive_program(model, x, F.cross_entropy, groups="layerwise", copies=8, sigma=1e-4, placement=placement)
+        program = alive_program(
+            model, x, F.cross_entropy, groups="layerwise", copies=8, sigma=1e-4, **{"placement": placement}
+        )
         first = estimates(program, x, y, 300)[:, : 12 * 5]
         spread = (first - exact(model, x, y)[: 12 * 5]).square().sum(1)
         assert abs(float(spread.mean()) - expected) < BOUND * float(spread.std()) / 300**0.5

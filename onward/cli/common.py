@@ -59,7 +59,8 @@ def set_up(model: str, common: Common, batch_size: int | None = None) -> Setup:
 def make_estimator(common: Common, recipe: Recipe) -> LikelihoodRatio:
     """The estimator: what is given, else the paper's setting (``--alr``), else the recipe's.
 
-    Options that learned feedback cannot have (``--groups layerwise``, ``--capture sign``, …) choose the plain estimator.
+    Options that learned feedback cannot have (``--groups layerwise``, ``--capture sign``, …) choose the plain
+    estimator.
     """
     given: dict[str, Any] = {
         "noise": common.noise,

@@ -1,7 +1,7 @@
 """Defaults of ``onward train`` for each model of the zoo: the one table to tune.
 
-``estimator`` and ``plain`` hold arguments of `onward.LikelihoodRatio`; an option on the command line goes before them, and
-``--alr`` takes the settings of `onward.LikelihoodRatio.alr` in their place.
+``estimator`` and ``plain`` hold arguments of `onward.LikelihoodRatio`; an option on the command line goes before them,
+and ``--alr`` takes the settings of `onward.LikelihoodRatio.alr` in their place.
 """
 
 from __future__ import annotations
