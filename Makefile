@@ -37,7 +37,7 @@ types: $(dev)  ## check types
 	@mkdir -p build/types/onward
 	@ln -s "$(CURDIR)"/onward/*[!_] "$(CURDIR)"/{compiler,passes,runtime,models} build/types/onward/
 	@ln -s "$(CURDIR)/tests" build/types/
-	@set -o pipefail; cd build/types && "$(CURDIR)/$(bin)/mypy" -p onward -p tests \
+	@set -o pipefail; cd build/types && MYPYPATH="$(CURDIR)/tests" "$(CURDIR)/$(bin)/mypy" -p onward -p tests \
 	  | sed -E 's#^onward/(compiler|passes|runtime|models)/#\1/#'
 
 check: lint types test  ## everything that has to pass

@@ -124,7 +124,7 @@ def _untileable(run: fx.GraphModule) -> str:
         if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
             layout = node.meta.get("layout")
             if node.meta.get("kind") == Kind.ACTIVATION and (layout is None or not layout.batched):
-                return describe(node.args[0] if "noise_of" in node.meta else node)  # type: ignore[arg-type]
+                return describe(node.args[0] if "noise_of" in node.meta else node)
     return ""
 
 

@@ -66,7 +66,9 @@ def complete_gradient(
             mapping[node] = _decoded(graph, mapping[node], capture, node)
     captured = {node for node, _ in late}
     layouts = {node.name: node.meta.get("layout") for node in graph_module.graph.nodes}
-    for node in list(mapping) if ids is not None else ():
+    for node in list(mapping):
+        if ids is None:
+            break  # one run of the clean batch: sizes and constants are what they are
         layout = layouts.get(node.meta["target"]) if node.meta["role"] == Role.VALUE else None
         if isinstance(node.meta.get("val"), (int, torch.SymInt)):
             mapping[node] = _scaled(graph, mapping[node], ids, multiple_of_batch(node.meta["val"], batch))
@@ -144,10 +146,12 @@ def _error(graph: fx.Graph, whole: fx.Graph) -> fx.Node:
 def model_outputs(graph: fx.Graph) -> set[fx.Node]:
     """The nodes whose value, but for noise, is the model's output."""
     node = graph.output_node()
-    found = set()
+    found: set[fx.Node] = set()
     for output, value in zip(node.meta["outputs"], node.args[0], strict=True):  # type: ignore[arg-type]
         if output.kind == "output" and isinstance(value, fx.Node):
-            found |= {value, value.args[0]} if "noise_of" in value.meta else {value}
+            found.add(value)
+            if "noise_of" in value.meta:
+                found.add(value.all_input_nodes[0])
     return found
 
 

@@ -257,8 +257,8 @@ def _check_reached(module: fx.GraphModule) -> None:
         placed = output.kind == "output" and isinstance(node, fx.Node)
         if placed and (node.meta["kind"] == Kind.PARAMETER or node.meta.get("trainable")):
             raise UnsupportedModelError(
-                f"the model returns {describe(node)}, an expression of trainable parameters alone, and no noise can show "
-                "how the loss depends on it. Return it detached (`.detach()`), or compute it in the loss."
+                f"the model returns {describe(node)}, an expression of trainable parameters alone, and no noise can "
+                "show how the loss depends on it. Return it detached (`.detach()`), or compute it in the loss."
             )
     if not any(node.meta["trainable"] for node in placeholders(module, Role.PARAMETER)):
         raise UnreachedParameterError("the model has no trainable parameter: there is nothing to train.")

@@ -19,7 +19,7 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -127,7 +127,7 @@ def _source_line(trace: str) -> str:
 def operation_name(node: fx.Node) -> str:
     """Short name of the operation of a node: ``aten.conv2d``, ``onward.perturb``, ``getitem``."""
     if isinstance(node.target, torch._ops.OpOverload):
-        name = node.target.name().replace("::", ".")
+        name: str = node.target.name().replace("::", ".")
         packet, _, overload = name.rpartition(".")
         return packet if overload in ("default", node.target._overloadname) and packet.count(".") else name
     return getattr(node.target, "__name__", str(node.target))
@@ -183,7 +183,7 @@ def add_runtime_placeholder(graph: fx.Graph, name: str, val: Any) -> fx.Node:
     for node in graph.nodes:
         if node.op == "placeholder":
             if node.meta.get("role") == Role.RUNTIME and node.meta["target"] == name:
-                return node
+                return cast(fx.Node, node)
             last = node
     with graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes), None)):
         node = graph.placeholder(name.replace(".", "_"))

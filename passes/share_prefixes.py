@@ -20,8 +20,8 @@ Declines: tiling a size that is not a multiple of the batch size; the error name
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -71,7 +71,7 @@ def clean_run(module: fx.GraphModule, values: Iterable[str], captures: Iterable[
     for name in values:
         node = nodes.get(name)
         extra.append((Output("value", name), node if node is not None else name))
-    return extraction.build(wanted + extra)  # type: ignore[arg-type]
+    return extraction.build([*wanted, *extra])
 
 
 def statistic_name(node: fx.Node, index: int) -> str:
@@ -96,7 +96,7 @@ class _Extraction:
             for index in (1, 2)
         }
 
-    def build(self, wanted: list[tuple[Output, fx.Node | str | None]]) -> fx.GraphModule:
+    def build(self, wanted: Sequence[tuple[Output, fx.Node | str | None]]) -> fx.GraphModule:
         needed = self._needed([node for _, node in wanted])
         for node in self.source.graph.nodes:  # placeholders first, in the source's order
             if node in needed and not self._computed(node):
@@ -109,7 +109,7 @@ class _Extraction:
             results.append((output, self._result(node)))
         self.graph.output(tuple(value for _, value in results))
         module = fx.GraphModule(self.source, self.graph)
-        set_outputs(module, results)  # type: ignore[arg-type]
+        set_outputs(module, results)
         return finish(module)
 
     def _computed(self, node: fx.Node) -> bool:
@@ -146,7 +146,7 @@ class _Extraction:
             assert isinstance(original, fx.Node)
             rest = [self.mapping.get(arg, arg) if isinstance(arg, fx.Node) else arg for arg in node.args[1:-1]]
             copied = self.graph.node_copy(node, lambda n: self.mapping.get(n, n))
-            copied.args = (self.mapping[original], *rest, self._computed(original))  # type: ignore[assignment]
+            copied.args = (self.mapping[original], *rest, self._computed(original))
             self.mapping[node] = copied
         elif self.copies and uses_batch_statistics(node):
             self.mapping[node] = self._frozen(node)
@@ -210,7 +210,7 @@ class _Extraction:
         name = statistic_name(node, index)
         for existing in self.graph.nodes:
             if existing.op == "placeholder" and existing.meta.get("target") == name:
-                return existing
+                return cast(fx.Node, existing)
         last = [existing for existing in self.graph.nodes if existing.op == "placeholder"][-1]
         with self.graph.inserting_after(last):
             new = self.graph.placeholder(name)

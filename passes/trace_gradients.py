@@ -86,12 +86,11 @@ def _trace(module: fx.GraphModule, site: Site, nodes: dict[str, fx.Node], captur
 def _check_symbolic(batch: Any, core: fx.Node) -> None:
     """A local derivative whose formula reads sizes as integers would silently fix the batch size: refuse it."""
     for node in core.graph.nodes:
-        val = node.meta.get("val")
-        if isinstance(val, torch.Tensor) and any(isinstance(extent, torch.SymInt) for extent in val.shape):
-            environment = next(extent for extent in val.shape if isinstance(extent, torch.SymInt)).node.shape_env
-            if batch is not None and batch in environment.replacements:
-                raise UnsupportedModelError(f"the derivative of {describe(core)} does not allow a free batch size.")
-            return
+        for extent in getattr(node.meta.get("val"), "shape", ()):
+            if isinstance(extent, torch.SymInt):
+                if batch is not None and batch in extent.node.shape_env.replacements:
+                    raise UnsupportedModelError(f"the derivative of {describe(core)} does not allow a free batch size.")
+                return
 
 
 def _functionalize(module: fx.GraphModule) -> None:
@@ -109,8 +108,7 @@ def _functionalize(module: fx.GraphModule) -> None:
             mutated = node.args[0]
             assert isinstance(mutated, fx.Node)
             node.target = functional
-            later = _after(node)
-            mutated.replace_all_uses_with(node, delete_user_cb=lambda user, later=later: user in later)
+            mutated.replace_all_uses_with(node, delete_user_cb=_after(node).__contains__)
     module.recompile()
 
 
@@ -185,8 +183,7 @@ def _normal_form(
     graph = traced.graph
     places = [node for node in graph.nodes if node.op == "placeholder"]
     roles: list[tuple[Role, Any, str]] = [
-        (Role.RUNTIME, f"cotangent.{name}", f"cotangent_{name}") if site.beyond else (Role.RUNTIME, *["cotangent"] * 2)
-        for name in site.ends
+        (Role.RUNTIME, f"cotangent.{name}" if site.beyond else "cotangent", f"cotangent_{name}") for name in site.ends
     ]
     for name, node in zip(operands, operand_nodes, strict=True):
         if node.op == "placeholder" and node.meta["role"] != Role.INPUT:

@@ -32,5 +32,5 @@ def _first(value: Tensor, layout: Layout, samples: int, kept: int) -> Tensor:
     dim, inner = layout.dim, layout.sizes[layout.dim] // layout.outer
     if layout.outer == 1:
         return value.narrow(dim, 0, kept * inner)
-    parts = value.unflatten(dim, (layout.outer, samples, inner))
+    parts: Tensor = value.unflatten(dim, (layout.outer, samples, inner))
     return parts.narrow(dim + 1, 0, kept).flatten(dim, dim + 2)

@@ -71,7 +71,8 @@ class OutputError:
         repeated = repeat_target(target, len(copies), samples)
         losses = self.loss(perturbed, repeated, samples * len(copies)).reshape(2, BLACK_BOX_DRAWS, samples)
         weights = (losses[0] - losses[1]).to(output.dtype) / (2 * sigma * BLACK_BOX_DRAWS)
-        return ops.weighted_noise_sum(weights, draws, key, _SITE, "gaussian", "exact", *where)
+        estimate: Tensor = ops.weighted_noise_sum(weights, draws, key, _SITE, "gaussian", "exact", *where)
+        return estimate
 
 
 def _equates_sizes(guard: Any) -> bool:
