@@ -76,7 +76,7 @@ class LikelihoodRatio:
     correction: str = "none"
     reach: int = 0
     probe: float = 1.0
-    warmup: int = 80
+    warmup: int = 20
     trust: bool = True
 
     def __post_init__(self) -> None:

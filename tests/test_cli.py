@@ -262,7 +262,7 @@ def test_train_alr_and_own_model(factories):
 def test_compile_writes_a_program(tmp_path):
     folder = tmp_path / "program"
     output = call("compile", "resnet5", "--model-option", "width=4", "-o", folder).output
-    assert "5 gradients" in output
+    assert "4 gradients" in output
     manifest = read_manifest(folder)
     assert manifest["model"] == "resnet5"
     assert manifest["settings"] == {"data": "digits", "model_options": ["width=4"], "seed": 0}
@@ -301,7 +301,7 @@ def test_inspect_formats(tmp_path):
 
 
 def test_inspect_pass_and_rules():
-    output = call("inspect", "mlp", "--pass", "insert_noise").output
+    output = call("inspect", "mlp", "--groups", "layerwise", "--pass", "insert_noise").output
     assert len(re.findall(r"^\+ .*ops\.perturb", output, re.MULTILINE)) == 3
     assert "any other operation" in call("inspect", "--rules").output
 

@@ -114,7 +114,7 @@ def test_the_error_shrinks_as_derived(widths: list[int], samples: int, draws: in
         rate = min(max(0.05, 1 / step), count / (count + width))
         expected *= 1 - 2 * rate + rate**2 * (count + width - 1) / count
     shrunk = []
-    for seed in range(100):
+    for seed in range(70):
         problem = Problem(widths, samples, draws, outputs=3, sigma=1.0, seed=seed)
         problem.sigmas = [0.3] * len(widths)  # one for all, so that the errors of the sites weigh alike
         state = problem.start
@@ -150,7 +150,7 @@ def clustered(samples: int, share: float, outliers: int, seed: int) -> Callable[
     return masks
 
 
-@hypothesis.settings(max_examples=20, phases=PHASES)
+@hypothesis.settings(max_examples=15, phases=PHASES)
 @hypothesis.given(
     widths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     samples=st.integers(1, 40),
@@ -281,9 +281,9 @@ def test_a_linear_networks_gradients_become_exact() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4), nn.Linear(4, 3)).double()
     x, y = data(32)
     program = program_for(model, x)
-    for _ in range(400):  # d = 9 coordinates, N = 32: each step leaves less than 0.95 of the square error
+    for _ in range(250):  # d = 9 coordinates, N = 32: each step leaves less than 0.95 of the square error
         found = gradients(program, x, y)
-    assert torch.allclose(found, exact(model, x, y), rtol=0, atol=10 * 0.95**200)
+    assert torch.allclose(found, exact(model, x, y), rtol=0, atol=10 * 0.95**125)
     assert min(program.trust().values()) > 1 - 1e-6
 
 
@@ -294,7 +294,7 @@ def test_the_full_correction_is_unbiased_for_any_jacobian(reach: int) -> None:
     program = program_for(correction="full", copies=64, sigma=1e-3, reach=reach)
     wrong = random_jacobians(program, 0.5)
     rows = []
-    for _ in range(120):
+    for _ in range(80):
         program.feedback = wrong
         rows.append(gradients(program, x, y))
     found, expected = torch.stack(rows), exact(program.model, x, y)
@@ -400,7 +400,7 @@ def test_a_step_is_repeatable_and_a_program_resumes_bit_for_bit() -> None:
 def test_chunks_change_nothing_but_the_rounding(correction: str) -> None:
     x, y = data()
     results = []
-    for chunk in (None, 2, 6):
+    for chunk in (None, 6):
         program = program_for(copies=8, chunk=chunk, correction=correction)
         program.feedback = random_jacobians(program)
         results.append((gradients(program, x, y), program.feedback))

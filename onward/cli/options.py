@@ -161,7 +161,7 @@ class Common:
         int | None,
         Option(
             metavar="STEPS",
-            help="With feedback, first steps that only learn it. [dim]\\[default: 80][/dim]",
+            help="With feedback, first steps that only learn it. [dim]\\[default: 20][/dim]",
             rich_help_panel=_FEEDBACK,
         ),
     ] = None
