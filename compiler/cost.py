@@ -54,9 +54,10 @@ _RUNTIME_SHAPES = {"copies": (1,), "draws": (1,), "key": (2,), "sigmas": (1,), "
 
 def _concrete(node: fx.Node) -> Any:
     """A fake value for a placeholder, every batch symbol standing for `SAMPLES` samples."""
-    if node.meta["role"] == Role.RUNTIME and node.meta["target"] in _RUNTIME_SHAPES:
-        integer = node.meta["target"] in ("copies", "draws", "key")
-        return torch.empty(_RUNTIME_SHAPES[node.meta["target"]], dtype=torch.int64 if integer else torch.float32)
+    name = str(node.meta["target"]).partition(".")[0]
+    if node.meta["role"] == Role.RUNTIME and name in _RUNTIME_SHAPES:
+        integer = name in ("copies", "draws", "key")
+        return torch.empty(_RUNTIME_SHAPES[name], dtype=torch.int64 if integer else torch.float32)
     val = node.meta["val"]
     if isinstance(val, torch.Tensor):
         return torch.empty([_size(extent) for extent in val.shape], dtype=val.dtype, device=val.device)

@@ -183,7 +183,10 @@ def _normal_form(
     graph = traced.graph
     places = [node for node in graph.nodes if node.op == "placeholder"]
     roles: list[tuple[Role, Any, str]] = [
-        (Role.RUNTIME, f"cotangent.{name}" if site.beyond else "cotangent", f"cotangent_{name}") for name in site.ends
+        (Role.RUNTIME, f"cotangent.{name}", f"cotangent_{name}")
+        if site.beyond
+        else (Role.RUNTIME, "cotangent", "cotangent")
+        for name in site.ends
     ]
     for name, node in zip(operands, operand_nodes, strict=True):
         if node.op == "placeholder" and node.meta["role"] != Role.INPUT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import traceback
 from typing import Any
 
@@ -129,9 +130,10 @@ class Program:
                     trusted[name] = min(trusted[name], trust)
         return trusted
 
-    def state_dict(self) -> dict[str, Tensor | int | float]:
+    def state_dict(self) -> dict[str, Tensor | int | float | str]:
         """What the program needs beyond the model's own state to continue exactly, feedback included."""
-        state: dict[str, Tensor | int | float] = {
+        state: dict[str, Tensor | int | float | str] = {
+            "estimator": json.dumps(self.compiled.estimator.to_json(), sort_keys=True),
             "seed": self.seed,
             "step_count": self.step_count,
             "forwards": self.forwards,
@@ -145,9 +147,10 @@ class Program:
         """Restore `state_dict`'s result.
 
         Raises:
-            CheckpointError: a value is missing.
+            CheckpointError: a value is missing, or another estimator saved it, which this one would not continue.
         """
         try:
+            self._check_estimator(json.loads(state["estimator"]))
             self.seed = int(state["seed"])
             self.step_count = int(state["step_count"])
             self.forwards = float(state["forwards"])
@@ -156,6 +159,15 @@ class Program:
                 self.feedback = self.feedback.loaded(state)
         except KeyError as error:
             raise CheckpointError(f"the program's state lacks {error}") from error
+
+    def _check_estimator(self, saved: dict[str, Any]) -> None:
+        mine = json.loads(json.dumps(self.compiled.estimator.to_json()))
+        differing = [f"{k}={saved.get(k)!r}, now {v!r}" for k, v in mine.items() if saved.get(k) != v and k != "chunk"]
+        if differing:
+            raise CheckpointError(
+                f"the saved run used another estimator: {'; '.join(differing)}. Resume with the same settings, or start "
+                "a new run from the model's weights."
+            )
 
     def _initial_feedback(self) -> FeedbackState:
         node = next(node for output, node in outputs(self.compiled.graph) if output.kind == "output")

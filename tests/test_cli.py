@@ -300,6 +300,13 @@ def test_inspect_formats(tmp_path):
     assert ElementTree.fromstring(file.read_text()).tag.endswith("svg")
 
 
+@pytest.mark.parametrize("options", [(), ("--correction", "full"), ("--correction", "full", "--reach", 1)])
+def test_inspect_shows_feedback(options):
+    output = call("inspect", "resnet5", "--model-option", "width=4", *options).output
+    assert "learned feedback" in output
+    assert "L0" in output.split("Plan of a step")[1]
+
+
 def test_inspect_pass_and_rules():
     output = call("inspect", "mlp", "--groups", "layerwise", "--pass", "insert_noise").output
     assert len(re.findall(r"^\+ .*ops\.perturb", output, re.MULTILINE)) == 3

@@ -196,7 +196,7 @@ def test_seed_and_state(compiled: Any) -> None:
     resumed.step(*batch(seed=1))
     assert equal(grads(program.model), grads(resumed.model))
     assert program.state_dict() == resumed.state_dict()
-    with pytest.raises(CheckpointError, match="the program's state lacks 'step_count'"):
+    with pytest.raises(CheckpointError, match="the program's state lacks 'estimator'"):
         resumed.load_state_dict({"seed": 0})
 
 
@@ -279,3 +279,15 @@ def test_out_of_memory_suggests_a_chunk_that_fits(settings: str) -> None:
     )
     assert message.endswith("Gradients, buffers and weights are as before the step.")
     assert 4 <= int(chunk.split()[1]) <= 40
+
+
+def test_a_saved_state_is_refused_by_another_estimator() -> None:
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    programs = [
+        onward.compile(model, x, loss=F.mse_loss, estimator=onward.LikelihoodRatio(copies=copies, chunk=chunk))
+        for copies, chunk in ((4, None), (8, None), (4, 2))
+    ]
+    state = programs[0].state_dict()
+    with pytest.raises(onward.errors.CheckpointError, match="copies=4, now 8"):
+        programs[1].load_state_dict(state)
+    programs[2].load_state_dict(state)  # a chunk does not change the noise
