@@ -38,6 +38,13 @@ _SHORT = {
 }
 
 _NOISE = {ops.perturb, ops.weighted_noise, ops.weighted_noise_sum, ops.keyed_random}
+_MADE_UP = {
+    "error": "e, the loss's gradient at the output",
+    "feedback": "learned Jacobian",
+    "weights": "losses' weights",
+}
+"""What the executor gives a gradient subgraph, as its readers' boxes name it (copies and keys go without saying)."""
+
 _FOLDED = {Role.PARAMETER, Role.BUFFER, Role.CONSTANT}
 
 
@@ -127,6 +134,8 @@ class _Builder:
                 line = self._detail(source, box)
                 if line not in box.details:
                     box.details.append(line)
+            elif source.meta.get("role") == Role.RUNTIME and str(source.meta["target"]).partition(".")[0] in _MADE_UP:
+                box.details.append(_MADE_UP[str(source.meta["target"]).partition(".")[0]])
 
     def _box(self, node: fx.Node) -> Box:
         shape = describe_value(node, self.batch, node in self.tiled)

@@ -165,8 +165,8 @@ class Program:
         differing = [f"{k}={saved.get(k)!r}, now {v!r}" for k, v in mine.items() if saved.get(k) != v and k != "chunk"]
         if differing:
             raise CheckpointError(
-                f"the saved run used another estimator: {'; '.join(differing)}. Resume with the same settings, or start "
-                "a new run from the model's weights."
+                f"the saved run used another estimator: {'; '.join(differing)}. Resume with the same settings, or "
+                "start a new run from the model's weights."
             )
 
     def _initial_feedback(self) -> FeedbackState:

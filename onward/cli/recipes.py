@@ -31,7 +31,7 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     #                 epochs  batch  lr    optimizer  estimator
     "mlp": Recipe(15, 32, 3e-3, "adam", _feedback(copies=2)),
-    "resnet5": Recipe(30, 32, 2e-3, "adam", _feedback(copies=4)),
+    "resnet5": Recipe(30, 32, 2e-3, "adam", _feedback(copies=8)),
     "resnet9": Recipe(15, 32, 1e-3, "adam", _feedback(copies=4, reach=1)),
     "vgg8": Recipe(15, 32, 1e-3, "adam", _feedback(copies=4, reach=1)),
 }
