@@ -91,7 +91,7 @@ def noise_points(module: fx.GraphModule) -> list[int]:
 def _own_captures(module: fx.GraphModule, group: Iterable[int], estimator: LikelihoodRatio) -> dict[int, bool]:
     """Whether the copies of each site of a group differ in what its gradient reads, and so have captures of their own.
 
-    A gradient through batch statistics always reads the clean run (DESIGN.md 9), whose statistics they are: copies side
+    A gradient through batch statistics always reads the clean run (method.md 9), whose statistics they are: copies side
     by side must not meet in them.
     """
     if estimator.placement != "operation":

@@ -220,12 +220,33 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
         finally:
             for submodule, training in flags.items():
                 submodule.training = training
+    _check_runs(model, args, kwargs)
     raise CaptureError(
         f"{type(model).__name__} could not be captured with a dynamic batch size. Tried:\n"
         + "\n".join(reasons)
         + "\nUsual causes: a Python `if` or loop on a tensor's values (use torch.where, or masks); a batch size or the "
         "example's values written into the code (use x.shape[0]); `.item()` or `.numpy()` inside forward."
     )
+
+
+def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Whether the model itself runs on the example: if not, no tracer is to blame.
+
+    Raises:
+        CaptureError: it does not.
+    """
+    try:
+        model = copy.deepcopy(model)  # a forward may move its buffers
+    except Exception:  # nothing can be said then
+        return
+    try:
+        with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} does not run on the example: {type(error).__name__}: {error}\nTry "
+            "`model(example)`: shape, dtype and device of the example have to be the model's."
+        ) from error
 
 
 _ADVERTISEMENTS = (

@@ -20,7 +20,7 @@ CORRECTIONS = ("none", "full")
 
 @dataclass(frozen=True)
 class LikelihoodRatio:
-    """Settings of the likelihood-ratio estimator (arXiv 2305.08960, 2403.12320; DESIGN.md 1-5).
+    """Settings of the likelihood-ratio estimator (arXiv 2305.08960, 2403.12320; method.md 1-5).
 
     Attributes:
         noise: ``"gaussian"``, ``"laplace"`` or ``"rademacher"``, each of unit variance.
@@ -41,9 +41,8 @@ class LikelihoodRatio:
             blocks get none (10), and all captures are the clean run's (9); needs ``capture="exact"``. Much less
             variance for an error of order σ².
         feedback: ``"none"``, or ``"learned"`` (12): each site learns the mean Jacobian of the outputs from the
-        perturbed
-            runs, and its gradient is predicted from the clean run alone. Needs ``placement="alive"`` and
-            ``groups="joint"``; then 2 copies do.
+            perturbed runs, and its gradient is predicted from the clean run alone. Needs ``placement="alive"`` and
+            ``groups="joint"``; then 2 copies do for a small net.
         correction: with feedback, what the perturbed runs of the step itself add. ``"none"``: the prediction as it is;
             **biased** as long as, and wherever, the mean Jacobian is not the sample's. ``"full"``: what the prediction
             leaves unexplained, by likelihood ratio: unbiased (up to σ²) whatever was learned, and noisier.
@@ -93,7 +92,9 @@ class LikelihoodRatio:
                 raise unknown_name(kind, value, known)
         if isinstance(self.groups, str) and self.groups not in ("joint", "layerwise"):
             raise unknown_name("grouping", self.groups, ("joint", "layerwise"))
-        for name, number in (("copies", self.copies), ("chunk", self.chunk)):
+        for name, number in (
+            ("copies", self.copies), ("chunk", self.chunk), ("reach", self.reach), ("warmup", self.warmup)
+        ):  # fmt: skip
             if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
                 raise OptionError(f"{name}={number!r}: it has to be an integer.")
         if self.copies < 1:
@@ -115,6 +116,12 @@ class LikelihoodRatio:
             )
         if self.feedback == "learned":
             self._check_feedback()
+        else:
+            for name, value, without in (
+                ("correction", self.correction, "none"), ("reach", self.reach, 0), ("probe", self.probe, 1)
+            ):  # fmt: skip
+                if value != without:
+                    raise OptionError(f'{name}={value!r} is an option of feedback="learned", and feedback is "none".')
 
     def _check_feedback(self) -> None:
         wanted: tuple[tuple[str, object], ...] = (
@@ -134,13 +141,13 @@ class LikelihoodRatio:
 
     @classmethod
     def feedback_learned(cls, copies: int = 2, sigma: float = 0.1, **changes: Any) -> LikelihoodRatio:
-        """Learned feedback (DESIGN.md 9, 10, 12): gradients from the clean run, 2 perturbed forwards a step."""
+        """Learned feedback (method.md 9, 10, 12): gradients from the clean run, 2 perturbed forwards a step."""
         settings: dict[str, Any] = {"placement": "alive", "groups": "joint", "feedback": "learned"}
         return cls(**{**settings, "copies": copies, "sigma": sigma, **changes})
 
     @classmethod
     def alr(cls, copies: int = 200, sigma: float = 0.1, **changes: Any) -> LikelihoodRatio:
-        """The setting of "Approximated Likelihood Ratio" (arXiv 2403.12320), as we read it (DESIGN.md 2).
+        """The setting of "Approximated Likelihood Ratio" (arXiv 2403.12320), as we read it (method.md 2).
 
         The paper's text does not print the encoding's formula; we take it to be ``sign(x ε / σ) = sign(x) sign(ε)``:
         Gaussian noise, sign score, sign capture of every copy, all sites perturbed jointly. Biased.

@@ -75,7 +75,7 @@ def describe_estimator(estimator: Mapping[str, Any]) -> str:
             *(["batch credit"] if estimator["credit"] == "batch" else []),
             *(["noise on alive coordinates"] if estimator["placement"] == "alive" else []),
             *(
-                [f"learned feedback, correction {estimator['correction']}"]
+                [f"learned feedback, correction {estimator['correction']}, reach {estimator['reach']}"]
                 if estimator["feedback"] == "learned"
                 else []
             ),

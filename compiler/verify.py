@@ -1,7 +1,7 @@
 """The verifier: proves the invariants of a compiled program, a table of checks over graphs and over the whole.
 
 ====  ==========================================================================================================
-no.   invariant (DESIGN.md)
+no.   invariant
 ====  ==========================================================================================================
 1     every trainable parameter is reached by a site and given by a gradient subgraph
 2     no gradient subgraph reads what another computes, and every graph reads only what exists when it runs

@@ -5,7 +5,7 @@ In front of the vjp go
 1. ``unpack_signs`` (and the scale) for every encoded capture,
 2. the cotangent at the noise point, from one of
    - ``"noise"``: the losses' ``weights`` and regenerated noise. ``weighted_noise_sum`` where the captures are the clean
-     run's and all copies share one vjp (DESIGN.md 5), ``weighted_noise`` where every copy has its own captures (1);
+     run's and all copies share one vjp (method.md 5), ``weighted_noise`` where every copy has its own captures (1);
    - ``"feedback"``: the learned Jacobian of the outputs, times the outputs' error ``e`` (12);
    - ``"corrected"``: the sum of both, the weights being what feedback leaves unexplained;
    - ``"error"``: ``e`` itself, at the model's output;

@@ -1,4 +1,4 @@
-"""Pass: let a site's gradient be pulled back exactly from noise points further on (DESIGN.md 13, 14).
+"""Pass: let a site's gradient be pulled back exactly from noise points further on (method.md 13, 14).
 
 With ``reach = r`` the gradient subgraph of a site is the local vjp from its parameters to the noise points r hops
 further on, its *frontier*, where the predicted gradient is read. ``reach = 0`` is the site alone, with nothing pulled

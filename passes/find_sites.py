@@ -11,7 +11,7 @@ clean run's (`share_prefixes`), so only the local vjp can know how they depend o
 
 With ``share_sums`` sites whose results meet in an addition that nothing bypasses (a block's last convolution and its
 shortcut) become one site with its noise at the sum: their gradients are the same there; and a group or layer
-normalisation that alone reads a site joins it, a cheap local chain that is known exactly (DESIGN.md 10).
+normalisation that alone reads a site joins it, a cheap local chain that is known exactly (method.md 10).
 
 Writes ``meta["site"]`` (a `Site`) on the node whose value receives the noise.
 

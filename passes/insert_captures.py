@@ -1,4 +1,4 @@
-"""Pass: add a capture for every value that a gradient subgraph reads (DESIGN.md 2, 3).
+"""Pass: add a capture for every value that a gradient subgraph reads (method.md 2, 3).
 
 For each site and each activation its vjp reads, by the estimator's ``capture``:
 

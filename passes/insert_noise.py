@@ -1,4 +1,4 @@
-"""Pass: add a noise node behind every site (DESIGN.md 1).
+"""Pass: add a noise node behind every site (method.md 1).
 
 ``z`` becomes ``onward.perturb(z, copies, key, sigmas, site, …) = z + sigmas[site] · ε`` for every reader of ``z``. The
 graph stays one run of one copy; with every σ = 0 it computes the model's own forward, bit for bit. The numbers are a

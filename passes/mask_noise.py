@@ -1,4 +1,4 @@
-"""Pass: put no noise where the next operation blocks it (the alive mask, DESIGN.md 10).
+"""Pass: put no noise where the next operation blocks it (the alive mask, method.md 10).
 
 A coordinate whose every reader blocks it locally (a ReLU at z ≤ 0, a max-pool's losers, a dropped unit) has a zero
 gradient to first order; noise on it would only be variance. For every noise point whose readers are all in the table,

@@ -26,7 +26,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 for _schema in (
     # z + sigmas[site] * noise, for every copy: (K*N, ...). `tiled` says whether z already holds the K copies; `alive`,
-    # boolean and clean, where given, says which coordinates receive noise (DESIGN.md 10).
+    # boolean and clean, where given, says which coordinates receive noise (method.md 10).
     "perturb(Tensor z, Tensor copies, Tensor key, Tensor sigmas, int site, str noise, "
     "int[] sizes, int dim, int outer, bool tiled, Tensor? alive=None) -> Tensor",
     # A clean tensor repeated for every copy.

@@ -4,7 +4,7 @@ The gradient subgraph of a site is the local vector-Jacobian product of its oper
 `trace_gradients`): that needs no rule. A rule only says whether the activation may be captured as signs:
 
 - ``bilinear``: the parameters' gradient is linear in the captured activation, so an unbiased encoding of the activation
-  gives an unbiased gradient (DESIGN.md 3), and the sign of the activation a meaningful one (2).
+  gives an unbiased gradient (method.md 3), and the sign of the activation a meaningful one (2).
 - ``normalized``: the gradient is linear in the normalised activation ``x̂`` (``z = x̂ γ + β``), so ``x̂`` is captured.
 - anything else: the gradient is not linear in what it reads, which is therefore captured exactly whatever the estimator
   asks for. ``onward inspect`` says so in the site's row.

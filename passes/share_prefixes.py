@@ -1,4 +1,4 @@
-"""Pass: split the one-copy graph into the clean run and one perturbed run a group of sites (DESIGN.md 5).
+"""Pass: split the one-copy graph into the clean run and one perturbed run a group of sites (method.md 5).
 
 ``perturbed_run(module, sites)`` keeps only what the noise of those sites can change. Everything before is computed
 once, in the clean run, and shared by all copies. The perturbed run holds all copies of a chunk side by side in the

@@ -1,6 +1,6 @@
 """From random words to numbers: the distributions of Onward's noise, with their scores.
 
-Every noise has unit variance. Its score is minus the derivative of its log density (DESIGN equation 1; arXiv
+Every noise has unit variance. Its score is minus the derivative of its log density (method.md, equation 1; arXiv
 2305.08960), or a one-bit stand-in scaled so that, still, ``E[score · noise] = 1`` (equation 2; arXiv 2403.12320).
 
 The formulas use only additions, multiplications, divisions, square roots and integer operations, one array operation

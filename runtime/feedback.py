@@ -1,6 +1,6 @@
 """Learned feedback: the mean Jacobian of the outputs at every noise point, learned from the perturbed runs.
 
-DESIGN.md 12; it extends FDFA (Bacho & Chu, arXiv 2212.07282, after Lansdell, Prakash & Kording, ICLR 2020), learning
+method.md 12; it extends FDFA (Bacho & Chu, arXiv 2212.07282, after Lansdell, Prakash & Kording, ICLR 2020), learning
 from the joint residual of all noise points and on their alive coordinates only.
 """
 
@@ -33,8 +33,7 @@ class FeedbackState:
             in which the coordinate is alive.
         steps: learning steps taken.
         slopes: for every noise point the decayed sums ``(Σ own·predicted, Σ predicted²)`` of its own response and of
-        the
-            prediction, both along the loss's gradient.
+            the prediction, both along the loss's gradient.
         explained: share of the output's response that the last step's predictions explained, before learning from it.
     """
 

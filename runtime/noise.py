@@ -1,7 +1,7 @@
 """Keyed noise: the operators of `onward.passes.ops` that make random numbers.
 
 Noise is never stored; it is made again where it is used (see `noise_source`), and no operator holds more than a few
-megabytes beyond its result. Antithetic twins (DESIGN equation 4) share one generated draw.
+megabytes beyond its result. Antithetic twins (method.md, equation 4) share one generated draw.
 
 `copies`, `draws` and `key` are read on the host: keep them on the CPU, also for a model on a GPU (a GPU tensor works
 but makes the host wait).
@@ -55,7 +55,7 @@ def perturb(
     tiled: bool,
     alive: Tensor | None = None,
 ) -> Tensor:
-    """``z + sigmas[site] * noise`` for every copy (DESIGN equation 1), on the `alive` coordinates where given (10).
+    """``z + sigmas[site] * noise`` for every copy (method.md, equation 1), on the `alive` coordinates where given (10).
 
     `z` is floating, clean or (`tiled`) tiled; `alive` is boolean, of z's clean shape; `copies` int64 (K,), `key` int64
     (2,), `sigmas` floating (sites,). The result is tiled, contiguous, of z's dtype; noise and scale are rounded to
@@ -127,7 +127,7 @@ def weighted_noise_sum(
     dim: int,
     outer: int,
 ) -> Tensor:
-    """The sum over d of ``weights[d, sample] * score(noise of draws[d])`` (DESIGN equations 1, 2 and 9).
+    """The sum over d of ``weights[d, sample] * score(noise of draws[d])`` (method.md, equations 1, 2 and 9).
 
     `weights` is floating (D, N), `draws` int64 (D,) of copy ids, `key` int64 (2,). The result is clean, contiguous, of
     the weights' dtype; narrower types than float32 are summed in float32. Without a batch dimension the weights are
@@ -167,7 +167,7 @@ def weighted_noise(
     dim: int,
     outer: int,
 ) -> Tensor:
-    """``weights[k, sample] * score(noise of copies[k])`` for every copy (DESIGN equations 1 and 2, capture a copy).
+    """``weights[k, sample] * score(noise of copies[k])`` for every copy (method.md, equations 1 and 2, capture a copy).
 
     As `weighted_noise_sum`, with weights (K, N) and a tiled result. Raises OptionError also as `perturb`.
     """

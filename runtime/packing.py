@@ -1,4 +1,4 @@
-"""Signs as packed bits: eight elements a byte and plane (DESIGN equations 2 and 3).
+"""Signs as packed bits: eight elements a byte and plane (method.md, equations 2 and 3).
 
 A domain (`onward.passes.ops.DOMAINS`) says what an element may be and how many bit planes that takes. Binary and
 nonnegative have the plane ``x > 0``, which reads back as ±1 and as 0 or 1; signed has ``x > 0`` and ``x < 0``, reading

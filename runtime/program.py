@@ -15,7 +15,8 @@ from ..compiler.probe import copy_of
 from ..compiler.program import CompiledModel
 from ..compiler.site_options import resolve_sigmas
 from ..passes.errors import BatchError, CheckpointError, ModeError, OutOfMemoryError
-from ..passes.graph import Role, outputs, placeholders
+from ..passes.graph import Role, describe, outputs, placeholders
+from ..passes.rules import uses_batch_statistics
 from . import noise as _noise  # noqa: F401  (registers the kernels)
 from . import packing as _packing  # noqa: F401
 from .executor import Environment, SerialExecutor, StepInput, StepResult
@@ -62,6 +63,7 @@ class Program:
         results = [node for output, node in outputs(compiled.graph) if output.kind == "output"]
         self._layouts = [node.meta.get("layout") if isinstance(node, fx.Node) else None for node in results]
         self._buffers = [n.meta["target"] for n in everything if n.meta["role"] == Role.BUFFER]
+        self._needs_two = _first_without_statistics_of_one(compiled.graph)
         self.feedback: FeedbackState | None = None
         self._output_error: OutputError | None = None
         if compiled.estimator.feedback == "learned":
@@ -115,7 +117,7 @@ class Program:
         return self.loss(output, target, held[0] if held else 1)
 
     def trust(self) -> dict[str, float]:
-        """How far each trainable parameter's predicted gradient is borne out by fresh copies, in [0, 1] (DESIGN.md 12).
+        """How far each trainable parameter's predicted gradient is borne out by fresh copies, in [0, 1] (method.md 12).
 
         1 for all without feedback. Scale a parameter's *learning rate* with it (scaling its gradient does nothing under
         Adam): `Trainer` does; with your own loop, interpolate ``weight = before + trust * (after - before)`` around
@@ -197,6 +199,11 @@ class Program:
             samples = _check_leaf(position, leaf, described, samples)
         if not samples:
             raise BatchError("the batch is empty: a step needs at least one sample.")
+        if samples == 1 and self._needs_two:
+            raise BatchError(
+                f"the batch has one sample, and {self._needs_two} normalises by statistics that need more than one "
+                "value a channel. If it is the last of an epoch, use drop_last=True in the DataLoader."
+            )
         return leaves, samples
 
     def _check_target(self, target: Any, samples: int) -> None:
@@ -311,6 +318,18 @@ class Program:
         self.clean_forwards += samples
         probed = self.executor.num_probed(samples)
         self.forwards += probed * estimator.copies * sum(run.share for run in self.compiled.runs)
+
+
+def _first_without_statistics_of_one(module: fx.GraphModule) -> str:
+    """The first batch normalisation that sees one value a sample and channel, or ``""``: of one sample its variance is
+    zero and the unbiased one, which goes into the running statistics, not a number."""
+    for node in module.graph.nodes:
+        if node.op == "call_function" and uses_batch_statistics(node):
+            source = node.args[0]
+            layout, val = source.meta.get("layout"), source.meta["val"]
+            if layout is not None and layout.batched and layout.elements == val.shape[1]:
+                return describe(node)
+    return ""
 
 
 class _Leaf:

@@ -29,7 +29,7 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def update(program: TrainableProgram, optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer's step, each parameter's part of it scaled by the program's trust (DESIGN.md 12); clears ``.grad``.
+    """The optimizer's step, each parameter's part of it scaled by the program's trust (method.md 12); clears ``.grad``.
 
     Scaling the step itself, not the gradient, is a scaled learning rate for every optimizer, Adam included. Raises
     `NonFiniteGradientError`, with the weights as before and all gradients cleared, if a gradient holds a NaN or an

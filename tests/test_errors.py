@@ -745,3 +745,23 @@ def test_eval_and_back() -> None:
         model(batch())
         raised(ModeError, lambda: program.step(batch(), LABELS))
         model.train()
+
+
+def test_one_sample_has_no_batch_statistics() -> None:
+    program = compiled(nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)))
+    with untouched(program):
+        message = raised(BatchError, lambda: program.step(EXAMPLE[:1], LABELS[:1]))
+    assert message.startswith("the batch has one sample, and ")
+    pixels = compiled(nn.Sequential(nn.Unflatten(1, (1, 5)), nn.BatchNorm1d(1), nn.Flatten()))
+    pixels.step(EXAMPLE[:1], LABELS[:1])  # five values a channel
+
+
+def test_a_model_that_does_not_run_on_the_example() -> None:
+    message = raised(CaptureError, lambda: compiled(nn.Linear(6, 3)))
+    assert message.startswith("Linear does not run on the example: RuntimeError: mat1 and mat2 shapes cannot be")
+
+
+@pytest.mark.parametrize("settings", [{"reach": 1}, {"correction": "full"}, {"probe": 0.5}])
+def test_options_of_feedback_without_feedback(settings: dict[str, Any]) -> None:
+    message = raised(OptionError, lambda: LikelihoodRatio(**settings))
+    assert message.endswith('is an option of feedback="learned", and feedback is "none".')

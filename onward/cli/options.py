@@ -120,7 +120,7 @@ class Common:
         Option(
             metavar="NAME",
             help="operation: noise on every coordinate of every site; alive: not where the next operation blocks it, "
-            "and one noise for sites that meet in a sum. [dim]\\[default: operation][/dim]",
+            "and one noise for sites that meet in a sum. [dim]\\[default: of the model][/dim]",
             rich_help_panel=_ESTIMATOR,
         ),
     ] = None
@@ -129,7 +129,7 @@ class Common:
         Option(
             metavar="NAME",
             help="none, or learned: predict each gradient from the clean run by a mean Jacobian that the perturbed "
-            "runs teach; needs --placement alive --groups joint. [dim]\\[default: none][/dim]",
+            "runs teach; needs --placement alive --groups joint. [dim]\\[default: of the model][/dim]",
             rich_help_panel=_FEEDBACK,
         ),
     ] = None
@@ -146,7 +146,7 @@ class Common:
         Option(
             metavar="HOPS",
             help="With feedback, how many noise points on a gradient is predicted, and pulled back from by local "
-            "backpropagation; 0 has none. [dim]\\[default: 0][/dim]",
+            "backpropagation; 0 has none. [dim]\\[default: of the model][/dim]",
             rich_help_panel=_FEEDBACK,
         ),
     ] = None
