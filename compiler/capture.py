@@ -8,6 +8,7 @@ import functools
 import inspect
 import io
 import re
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -242,11 +243,15 @@ def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     try:
         with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-    except Exception as error:
+    except (RuntimeError, IndexError, ValueError) as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if "/torch/" not in f.filename]
+        where = f"\n  {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
         raise CaptureError(
-            f"{type(model).__name__} does not run on the example: {type(error).__name__}: {error}\nTry "
-            "`model(example)`: shape, dtype and device of the example have to be the model's."
+            f"{type(model).__name__} does not run on the example: {error}{where}\nTry `model(example)`: shape, "
+            "dtype and device of the example have to be the model's."
         ) from error
+    except Exception:  # a mistake in its code: the tracers' messages show the line
+        return
 
 
 _ADVERTISEMENTS = (

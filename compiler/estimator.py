@@ -117,10 +117,9 @@ class LikelihoodRatio:
         if self.feedback == "learned":
             self._check_feedback()
         else:
-            for name, value, without in (
-                ("correction", self.correction, "none"), ("reach", self.reach, 0), ("probe", self.probe, 1)
-            ):  # fmt: skip
-                if value != without:
+            unused: tuple[tuple[str, object], ...] = (("correction", "none"), ("reach", 0), ("probe", 1))
+            for name, without in unused:
+                if (value := getattr(self, name)) != without:
                     raise OptionError(f'{name}={value!r} is an option of feedback="learned", and feedback is "none".')
 
     def _check_feedback(self) -> None:

@@ -173,8 +173,8 @@ def test_arguments_of_compile(given: dict[str, Any], message: str) -> None:
             CaptureError,
             "Sequential does not run on the example: mat1 and mat2 must have the same dtype",
         ),
-        (torch.zeros(4, 6), CaptureError, "Sequential could not be captured"),
-        (torch.zeros(4, 5, device="meta"), CaptureError, "Sequential could not be captured"),
+        (torch.zeros(4, 6), CaptureError, "Sequential does not run on the example: "),
+        (torch.zeros(4, 5, device="meta"), CaptureError, "Sequential does not run on the example: "),
     ],
 )
 def test_example_inputs(example: Any, kind: type[OnwardError], message: str) -> None:
@@ -758,7 +758,7 @@ def test_one_sample_has_no_batch_statistics() -> None:
 
 def test_a_model_that_does_not_run_on_the_example() -> None:
     message = raised(CaptureError, lambda: compiled(nn.Linear(6, 3)))
-    assert message.startswith("Linear does not run on the example: RuntimeError: mat1 and mat2 shapes cannot be")
+    assert message.startswith("Linear does not run on the example: mat1 and mat2 shapes cannot be")
 
 
 @pytest.mark.parametrize("settings", [{"reach": 1}, {"correction": "full"}, {"probe": 0.5}])
