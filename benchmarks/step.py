@@ -211,8 +211,8 @@ def profile(program: Program, step: Step, repeats: int, clock: Clock, device: to
     for graph, _ in executor.gradients.values():
         graph.forward = watch.wrap("gradient graphs", graph.forward)
     program.loss.__class__ = _timed_class(program.loss, watch)
-    if program._output_error is not None:
-        program._output_error.__class__ = _timed_class(program._output_error, watch)
+    if program._output_gradient is not None:
+        program._output_gradient.__class__ = _timed_class(program._output_gradient, watch)
     found: dict[str, list[float]] = {part: [] for part in PARTS}
     with _timed_operators(watch), _timed_learning(watch):
         for number in range(repeats + 2):

@@ -80,7 +80,7 @@ class Site:
 
     @property
     def joined(self) -> bool:
-        """Whether an operation with batch statistics joined the one that reads the parameters."""
+        """Whether several operations make up the site: its captures are exact, and its gradient reads the clean run."""
         return "+" in self.operation
 
 

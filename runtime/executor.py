@@ -13,7 +13,7 @@ from ..compiler.program import CompiledModel, GradientSubgraph, input_keys, outp
 from ..passes.errors import NonFiniteLossError
 from .feedback import FeedbackState, Probe, learn
 from .narrow import narrow
-from .output_error import OutputError
+from .output_gradient import OutputGradient
 from .plan import Error, Forward, Gradient, Learn, Perturb, chunks, make_plan
 
 Environment = dict[str, Any]
@@ -47,7 +47,7 @@ class StepInput:
     """Batch size N."""
     target: Any = None
     feedback: FeedbackState | None = None
-    output_error: OutputError | None = None
+    output_gradient: OutputGradient | None = None
     """With learned feedback: the loss's gradient at the output."""
 
 
@@ -126,11 +126,11 @@ class _Step:
         leaves = [
             leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in result.output
         ]  # a loss may write into it
-        if given.output_error is None:
+        if given.output_gradient is None:
             self.clean = given.loss(leaves, 1, given.samples)[0]
         else:
             key = self.environment["runtime:key"]
-            self.clean, self.error = given.output_error(leaves[0], given.target, key)
+            self.clean, self.error = given.output_gradient(leaves[0], given.target, key)
             self.environment["runtime:error"] = self.error
         if not bool(torch.isfinite(self.clean).all()):
             where = "" if self.clean.numel() == 1 else f" of sample {int((~torch.isfinite(self.clean)).nonzero()[0])}"

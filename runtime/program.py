@@ -23,7 +23,7 @@ from .executor import Environment, SerialExecutor, StepInput, StepResult
 from .feedback import FeedbackState, initial_state
 from .loss import BatchLoss, Loss, SampleLoss
 from .memory import is_out_of_memory, suggest_chunk
-from .output_error import OutputError
+from .output_gradient import OutputGradient
 from .targets import num_rows, repeat_target, target_leaves
 
 
@@ -65,10 +65,10 @@ class Program:
         self._buffers = [n.meta["target"] for n in everything if n.meta["role"] == Role.BUFFER]
         self._needs_two = _first_without_statistics_of_one(compiled.graph)
         self.feedback: FeedbackState | None = None
-        self._output_error: OutputError | None = None
+        self._output_gradient: OutputGradient | None = None
         if compiled.estimator.feedback == "learned":
             assert isinstance(self.loss, SampleLoss)
-            self._output_error = OutputError(self.loss)
+            self._output_gradient = OutputGradient(self.loss)
             self.feedback = self._initial_feedback()
 
     @torch.inference_mode(False)  # ``.grad`` and buffers outlive the caller's inference mode
@@ -98,7 +98,7 @@ class Program:
         try:
             with torch.no_grad():
                 given = StepInput(
-                    environment, self._loss(target, device), samples, target, self.feedback, self._output_error
+                    environment, self._loss(target, device), samples, target, self.feedback, self._output_gradient
                 )
                 result = self.executor.run(given)
         except Exception as error:

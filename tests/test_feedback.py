@@ -25,10 +25,10 @@ from onward.passes import ops
 from onward.passes.errors import CheckpointError, LossShapeError, NonFiniteLossError, OptionError, UnsupportedModelError
 from onward.passes.find_sites import Site
 from onward.passes.graph import Layout
-from onward.runtime import executor, output_error
+from onward.runtime import executor, output_gradient
 from onward.runtime.feedback import FeedbackState, Probe, initial_state, learn
 from onward.runtime.loss import SampleLoss
-from onward.runtime.output_error import BLACK_BOX_SIGMA, OutputError
+from onward.runtime.output_gradient import BLACK_BOX_SIGMA, OutputGradient
 
 BOUND = 6.0
 DOUBLE = torch.float64
@@ -527,7 +527,7 @@ def targets(kind: str, samples: int, generator: torch.Generator) -> Tensor:
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_error_at_the_output_is_the_losss_gradient(name: str) -> None:
     loss, kind = LOSSES[name]
-    function = OutputError(SampleLoss(loss))
+    function = OutputGradient(SampleLoss(loss))
     generator = torch.Generator().manual_seed(0)
     for samples in (4, 1, 10, 7, 4, 2):
         output = torch.randn(samples, 10, generator=generator, dtype=DOUBLE)
@@ -546,7 +546,7 @@ def test_the_error_at_the_output_is_the_losss_gradient(name: str) -> None:
 def test_positions_are_reduced_as_the_loss_does() -> None:
     output = torch.randn(3, 5, 4, dtype=DOUBLE)
     target = torch.randint(0, 5, (3, 4))
-    _, error = OutputError(SampleLoss(F.cross_entropy))(output, target, torch.tensor([0, 0]))
+    _, error = OutputGradient(SampleLoss(F.cross_entropy))(output, target, torch.tensor([0, 0]))
     output.requires_grad_()
     (expected,) = torch.autograd.grad(F.cross_entropy(output, target), output)
     torch.testing.assert_close(error, expected.reshape(3, -1))
@@ -563,7 +563,7 @@ def numpy_square(output: Tensor, target: Tensor) -> np.ndarray:
 @pytest.mark.parametrize("loss", [numpy_square, lambda o, t: (o.detach() ** 3).sum(1)])
 def test_a_black_box_is_differentiated_in_the_mean(loss: Any) -> None:
     """The gradient of ``E Σ (o + σ ε)³`` for Gaussian noise is ``3 o² + 3 σ²``."""
-    function = OutputError(SampleLoss(loss))
+    function = OutputGradient(SampleLoss(loss))
     output, target = torch.tensor([[0.5, -1.0, 2.0], [0.0, 1.0, -0.3]], dtype=DOUBLE), torch.zeros(2)
     rows = torch.stack([function(output, target, torch.tensor([3, step]))[1] for step in range(300)])
     sigma = BLACK_BOX_SIGMA * float(output.std(correction=0))
@@ -593,8 +593,8 @@ def test_a_bug_of_onwards_own_is_no_black_box(monkeypatch: pytest.MonkeyPatch) -
         raise KeyError("a bug")
 
     x, y = data()
-    function = OutputError(SampleLoss(F.cross_entropy))
-    monkeypatch.setattr(output_error.SampleLoss, "reduce_positions", broken)
+    function = OutputGradient(SampleLoss(F.cross_entropy))
+    monkeypatch.setattr(output_gradient.SampleLoss, "reduce_positions", broken)
     with pytest.raises(KeyError, match="a bug"):
         function._derivative(x, y % 3)
 

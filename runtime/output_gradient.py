@@ -24,7 +24,7 @@ _SITE = (1 << 24) - 1
 """Site number of the noise at the output; the compiler numbers sites from 0."""
 
 
-class OutputError:
+class OutputGradient:
     """``(output, target, key) -> (losses (N,), error (N, outputs))``, the error being that of the mean loss.
 
     A loss with a derivative is traced once to a graph (once a batch size if its code depends on it, as by
