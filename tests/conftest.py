@@ -1,6 +1,7 @@
 """What every test gets: no GPU tests without a GPU, and property tests that repeat exactly where CI is set."""
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -9,6 +10,11 @@ import pytest
 hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_configure() -> None:
+    """Ctrl-C works in tests also where the shell that started them ignores it, as it does for background jobs."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
