@@ -25,7 +25,7 @@ from torch import fx
 
 from . import ops
 from .find_sites import Site
-from .graph import Kind, Layout, Role, add_runtime_placeholder, finish, outputs, set_outputs
+from .graph import Kind, Layout, Role, add_runtime_placeholder, append_placeholder, finish, outputs, set_outputs
 from .insert_captures import Capture
 from .locate_samples import batch_symbol, multiple_of_batch
 
@@ -66,9 +66,8 @@ def complete_gradient(
             mapping[node] = _decoded(graph, mapping[node], capture, node)
     captured = {node for node, _ in late}
     layouts = {node.name: node.meta.get("layout") for node in graph_module.graph.nodes}
-    for node in list(mapping):
-        if ids is None:
-            break  # one run of the clean batch: sizes and constants are what they are
+    for node in list(mapping) if ids is not None else ():
+        assert ids is not None
         layout = layouts.get(node.meta["target"]) if node.meta["role"] == Role.VALUE else None
         if isinstance(node.meta.get("val"), (int, torch.SymInt)):
             mapping[node] = _scaled(graph, mapping[node], ids, multiple_of_batch(node.meta["val"], batch))
@@ -100,7 +99,7 @@ def _is_cotangent(node: fx.Node) -> bool:
 
 
 def _mask(graph: fx.Graph, nodes: dict[str, fx.Node], name: str, layout: Layout, copies: fx.Node | None) -> fx.Node:
-    mask = _last_placeholder(graph, name)
+    mask = append_placeholder(graph, name)
     mask.meta.update(role=Role.VALUE, target=name, val=nodes[name].meta["val"])
     return mask if copies is None else graph.call_function(ops.tile, (mask, copies, layout.dim, layout.outer))
 
@@ -167,12 +166,6 @@ def from_rows(graph: fx.Graph, rows: fx.Node, layout: Layout) -> fx.Node:
     if layout.dim or layout.outer > 1:  # the vjp was traced for a contiguous cotangent
         value = graph.call_function(_aten.clone.default, (value,), {"memory_format": torch.contiguous_format})
     return value
-
-
-def _last_placeholder(graph: fx.Graph, name: str) -> fx.Node:
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    with graph.inserting_after(last):
-        return graph.placeholder(name)
 
 
 def _decoded(graph: fx.Graph, packed: fx.Node, capture: Capture, node: fx.Node) -> fx.Node:

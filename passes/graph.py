@@ -177,16 +177,19 @@ def set_outputs(module: fx.GraphModule, items: Iterable[tuple[Output, fx.Node]])
     node.meta["outputs"] = [output for output, _ in items]
 
 
+def append_placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """A new placeholder behind those that the graph has."""
+    last = next((node for node in reversed(graph.nodes) if node.op == "placeholder"), None)
+    with graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes), None)):
+        return graph.placeholder(name)
+
+
 def add_runtime_placeholder(graph: fx.Graph, name: str, val: Any) -> fx.Node:
     """A placeholder of role RUNTIME called `name`, after the others; the existing one if the graph has it."""
-    last = None
     for node in graph.nodes:
-        if node.op == "placeholder":
-            if node.meta.get("role") == Role.RUNTIME and node.meta["target"] == name:
-                return cast(fx.Node, node)
-            last = node
-    with graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes), None)):
-        node = graph.placeholder(name.replace(".", "_"))
+        if node.op == "placeholder" and node.meta.get("role") == Role.RUNTIME and node.meta["target"] == name:
+            return cast(fx.Node, node)
+    node = append_placeholder(graph, name.replace(".", "_"))
     node.meta.update(role=Role.RUNTIME, target=name, val=val, kind=Kind.CONSTANT)
     return node
 

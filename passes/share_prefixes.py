@@ -28,7 +28,19 @@ from torch import fx
 
 from . import ops
 from .errors import UnsupportedModelError
-from .graph import Kind, Layout, Output, Role, add_runtime_placeholder, describe, finish, getitem, outputs, set_outputs
+from .graph import (
+    Kind,
+    Layout,
+    Output,
+    Role,
+    add_runtime_placeholder,
+    append_placeholder,
+    describe,
+    finish,
+    getitem,
+    outputs,
+    set_outputs,
+)
 from .insert_captures import Capture
 from .locate_samples import batch_symbol, multiple_of_batch
 from .rules import BATCH_STATISTICS, uses_batch_statistics
@@ -211,9 +223,7 @@ class _Extraction:
         for existing in self.graph.nodes:
             if existing.op == "placeholder" and existing.meta.get("target") == name:
                 return cast(fx.Node, existing)
-        last = [existing for existing in self.graph.nodes if existing.op == "placeholder"][-1]
-        with self.graph.inserting_after(last):
-            new = self.graph.placeholder(name)
+        new = append_placeholder(self.graph, name)
         new.meta.update(role=Role.VALUE, target=name, val=node.meta["val"][index], kind=Kind.CONSTANT)
         return new
 

@@ -109,7 +109,9 @@ class _Step:
         self.perturbed: Environment = {}
         self.losses: dict[int, list[Tensor]] = {run.index: [] for run in self.compiled.runs}
         self.responses: dict[int, list[Tensor]] = {run.index: [] for run in self.compiled.runs}
-        self.unexplained: Tensor | None = None
+        self.corrections: Environment = {}
+        self.probed = executor.num_probed(given.samples)
+        self.narrowed: dict[int, Environment] = {}
         self.clean = torch.empty(0)
         self.error = torch.empty(0)
         self.result = StepResult([], self.clean, feedback=given.feedback)
@@ -147,11 +149,10 @@ class _Step:
         }
 
     def perturb(self, action: Perturb) -> None:
-        given, probed = self.given, self.executor.num_probed(self.given.samples)
+        given, probed = self.given, self.probed
         runtime: Environment = {"runtime:copies": self.executor.copies[action.chunk]}
-        clean = narrow(self.compiled.runs[action.run].module, self.environment, given.samples, probed)
         self.perturbed = {}  # frees the last chunk's values
-        self.perturbed = self.executor.runs[action.run](runtime, clean)
+        self.perturbed = self.executor.runs[action.run](runtime, self._read_by(action.run))
         self.perturbed.update(runtime)
         leaves = _leaves(self.perturbed)
         if self.estimator.feedback == "learned":
@@ -168,26 +169,24 @@ class _Step:
         run = self.compiled.runs[action.run]
         state = self.given.feedback
         assert state is not None
-        probed = self.executor.num_probed(self.given.samples)
         sites = [self.compiled.sites[index] for index in run.sites]
-        clean = narrow(run.module, self.environment, self.given.samples, probed)
+        clean = self._read_by(action.run)
         alive = {site.index: clean.get(f"value:{run.alive.get(site.index)}") for site in sites}
         response = self._differences(self.responses[action.run]) / 2
-        probe = Probe(response, self.error[:probed], alive, self.executor.draws, self.environment["runtime:key"])
+        probe = Probe(response, self.error[: self.probed], alive, self.executor.draws, self.environment["runtime:key"])
         self.result.feedback, predicted = learn(state, probe, sites, self.executor.sigmas, self.estimator.noise)
         if self.estimator.correction == "full":
             observed = self._differences(self.losses[action.run]) / (2 * self.given.samples)
-            self.unexplained = observed - (predicted * self.error).sum(2)
+            unexplained = observed - (predicted * self.error).sum(2)
+            for site in run.sites:
+                scale = self.executor.sigmas[site] * self.estimator.draws
+                self.corrections[f"runtime:weights.{site}"] = unexplained / scale
 
     def gradient(self, action: Gradient) -> None:
         subgraph, description = self.executor.gradients[action.site]
         given: Environment = {}
         if description.source == "corrected":
-            assert self.unexplained is not None
-            for run in self.compiled.runs:
-                for site in run.sites:
-                    scale = self.executor.sigmas[site] * self.estimator.draws
-                    given[f"runtime:weights.{site}"] = self.unexplained / scale
+            given = self.corrections
         elif not description.from_clean:
             given["runtime:weights"] = self._weights(description)
         sources = (given, self.perturbed, self.environment) if description.per_copy else (given, self.environment)
@@ -195,6 +194,13 @@ class _Step:
             name = key.removeprefix("gradient:")
             gradients = self.result.gradients
             gradients[name] = gradients[name] + value if name in gradients else value
+
+    def _read_by(self, run: int) -> Environment:
+        """The clean values that a perturbed run reads, of the samples it perturbs."""
+        if run not in self.narrowed:
+            module = self.compiled.runs[run].module
+            self.narrowed[run] = narrow(module, self.environment, self.given.samples, self.probed)
+        return self.narrowed[run]
 
     def _check(self, values: Tensor, action: Perturb, what: str) -> None:
         finite = torch.isfinite(values)

@@ -123,13 +123,14 @@ def learn(
         predicted[site.index] = (noise_rows @ state.jacobians[site.index]).mul_(sigmas[site.index])
     total = sum(predicted.values(), torch.zeros_like(observed))
     residual = observed - total
-    shares = {site.index: _alive_share(site, probe, observed) for site in sites}
+    alive = {site.index: _alive_rows(site, probe) for site in sites}
+    shares = {index: mask.mean(0) for index, mask in alive.items()}
     coordinates = sum(int((share > 0).sum()) for share in shares.values())
     count = draws * samples
     step = min(max(SLOW_STEP, 1.0 / (state.steps + 1)), count / (count + coordinates))
     jacobians, slopes = {}, {}
     along_residual = (residual * error).sum(1)
-    weighted = residual * _sample_weights(sites, probe, shares, coordinates).repeat(draws)[:, None]
+    weighted = residual * _sample_weights(alive, shares, coordinates).repeat(draws)[:, None]
     for site in sites:
         index = site.index
         mean = rows[index].T @ weighted / count
@@ -156,26 +157,19 @@ def _noise_rows(site: Site, probe: Probe, noise: str, samples: int) -> Tensor:
     return to_rows(values, layout, samples * len(probe.draws))
 
 
-def _alive_share(site: Site, probe: Probe, like: Tensor) -> Tensor:
-    """The share of the samples in which each coordinate is alive, ``(elements,)``."""
+def _alive_rows(site: Site, probe: Probe) -> Tensor:
+    """Which coordinates of every sample received noise, as zeros and ones ``(samples, elements)``."""
+    samples = probe.response.shape[1]
     mask = probe.alive.get(site.index)
     if mask is None:
-        return like.new_ones(site.layout.elements)
-    return to_rows(mask, site.layout, probe.response.shape[1]).to(like.dtype).mean(0)
+        return probe.response.new_ones(()).expand(samples, site.layout.elements)
+    return to_rows(mask, site.layout, samples).to(probe.response.dtype)
 
 
-def _sample_weights(sites: list[Site], probe: Probe, shares: dict[int, Tensor], coordinates: int) -> Tensor:
+def _sample_weights(alive: dict[int, Tensor], shares: dict[int, Tensor], coordinates: int) -> Tensor:
     """``min(1, d / T)`` of every sample (see `learn`), ``(samples,)``."""
-    samples = probe.response.shape[1]
-    total = probe.response.new_zeros(samples)
-    for site in sites:
-        mask = probe.alive.get(site.index)
-        if mask is None:
-            total += site.layout.elements
-        else:
-            alive = to_rows(mask, site.layout, samples).to(total.dtype)
-            total += alive @ shares[site.index].clamp_min(1 / samples).reciprocal()
-    return (coordinates / total.clamp_min(1)).clamp_max(1)
+    terms = [mask @ shares[index].clamp_min(1 / len(mask)).reciprocal() for index, mask in alive.items()]
+    return (coordinates / sum(terms[1:], terms[0]).clamp_min(1)).clamp_max(1)
 
 
 def to_rows(value: Tensor, layout: Layout, rows: int) -> Tensor:
