@@ -2,10 +2,12 @@
 
 from .batches import TensorBatches
 from .data import DATASETS, Dataset, load, loaders
-from .mlp import mlp
+from .mlp import mlp, sign_mlp
+from .quantised import quantised_cnn
 from .registry import MODELS, DatasetInfo, build, build_for
 from .resnet import resnet5, resnet9
 from .vgg import vgg8
+from .vit import vit
 
 __all__ = [
     "DATASETS",
@@ -18,7 +20,10 @@ __all__ = [
     "load",
     "loaders",
     "mlp",
+    "quantised_cnn",
     "resnet5",
     "resnet9",
+    "sign_mlp",
     "vgg8",
+    "vit",
 ]

@@ -11,11 +11,21 @@ from typing import Protocol
 from torch import nn
 
 from ..passes.errors import OptionError, unknown_name
-from .mlp import mlp
+from .mlp import mlp, sign_mlp
+from .quantised import quantised_cnn
 from .resnet import resnet5, resnet9
 from .vgg import vgg8
+from .vit import vit
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "resnet5": resnet5, "resnet9": resnet9, "vgg8": vgg8}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": mlp,
+    "sign_mlp": sign_mlp,
+    "resnet5": resnet5,
+    "resnet9": resnet9,
+    "vgg8": vgg8,
+    "quantised_cnn": quantised_cnn,
+    "vit": vit,
+}
 
 
 class DatasetInfo(Protocol):

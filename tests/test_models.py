@@ -1,7 +1,8 @@
-"""The zoo: shapes, sizes, initialisation, export, learning, and models by name."""
+"""The zoo: shapes, sizes, initialisation, export, compilation, learning, straight-through twins, and models by name."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from onward.models import MODELS, build, build_for, load, loaders, mlp, resnet5, resnet9, vgg8
-from onward.models.layers import ACTIVATIONS, NORMS
+import onward
+from onward.models import MODELS, build, build_for, load, loaders, mlp, quantised_cnn, resnet5, resnet9, vgg8, vit
+from onward.models.layers import ACTIVATIONS, NORMS, Quantise, Sign
+from onward.models.vit import SelfAttention
 from onward.passes.errors import OptionError, UnknownNameError
 
 
@@ -38,9 +41,16 @@ def fc(inputs: int, outputs: int) -> int:
     return inputs * outputs + outputs
 
 
+def block(width: int, hidden: int) -> int:
+    return fc(width, 3 * width) + fc(width, width) + fc(width, hidden) + fc(hidden, width) + 4 * width
+
+
 CASES = [
     Case("mlp", {}, (1, 8, 8), 10, 3, fc(64, 128) + fc(128, 64) + fc(64, 10)),
     Case("mlp", {"in_features": 5, "hidden": (), "num_classes": 3}, (5,), 3, 1, fc(5, 3)),
+    Case("mlp", {"hidden": (7, 6), "depth": 5}, (64,), 10, 5, fc(64, 7) + fc(7, 6) + 2 * fc(6, 6) + fc(6, 10)),
+    Case("sign_mlp", {}, (1, 8, 8), 10, 3, fc(64, 128) + fc(128, 64) + fc(64, 10)),
+    Case("sign_mlp", {"in_features": 5, "hidden": (4,), "num_classes": 3}, (5,), 3, 2, fc(5, 4) + fc(4, 3)),
     Case("resnet5", {}, (1, 8, 8), 10, 5, conv(1, 16) + conv(16, 32) + conv(32, 32) + conv(16, 32, 1) + fc(32, 10)),
     Case(
         "resnet9",
@@ -58,14 +68,36 @@ CASES = [
         8,
         conv(1, 4) + conv(4, 4) + conv(4, 8) + conv(8, 8) + conv(8, 16) + conv(16, 16) + fc(64, 32) + fc(32, 10),
     ),
+    Case("quantised_cnn", {}, (1, 8, 8), 10, 4, conv(1, 16) + conv(16, 32) + conv(32, 32) + fc(32, 10)),
+    Case(
+        "quantised_cnn",
+        {"width": 2, "in_channels": 3, "num_classes": 4, "levels": 2},
+        (3, 7, 9),
+        4,
+        4,
+        conv(3, 2) + conv(2, 4) + conv(4, 4) + fc(4, 4),
+    ),
+    Case("vit", {}, (1, 8, 8), 10, 18, 4 * 64 + 16 * 64 + 4 * block(64, 128) + 2 * 64 + fc(64, 10)),
+    Case(
+        "vit",
+        {"width": 8, "depth": 1, "heads": 2, "expansion": 3, "in_channels": 3, "image_size": 28, "num_classes": 3},
+        (3, 28, 28),
+        3,
+        6,
+        48 * 8 + 49 * 8 + block(8, 24) + 2 * 8 + fc(8, 3),
+    ),
 ]
 WEIGHT_LAYERS = (nn.Linear, nn.Conv2d)
 with_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{len(case.options)}")
 
-# Each network of images with each normalisation, and the others as they are.
+# Each network that has the option `norm` with each normalisation, and the others as they are.
 with_case_and_norm = pytest.mark.parametrize(
     ("case", "norm"),
-    [(case, norm) for case in CASES for norm in (["default"] if case.name == "mlp" else NORMS)],
+    [
+        (case, norm)
+        for case in CASES
+        for norm in (NORMS if "norm" in inspect.signature(MODELS[case.name]).parameters else ["default"])
+    ],
     ids=lambda value: value if isinstance(value, str) else f"{value.name}-{len(value.options)}",
 )
 
@@ -89,7 +121,7 @@ def test_layers_and_parameters_are_counted(case: Case) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == case.num_parameters
 
 
-@pytest.mark.parametrize("factory", [resnet5, resnet9, vgg8])
+@pytest.mark.parametrize("factory", [resnet5, resnet9, vgg8, quantised_cnn])
 def test_a_norm_follows_every_convolution(factory: Any) -> None:
     for norm, kind in {"batch": nn.BatchNorm2d, "group": nn.GroupNorm}.items():
         modules = list(factory(norm=norm, width=6).modules())
@@ -110,11 +142,39 @@ def test_exports_with_any_batch_size(case: Case, norm: str, training: bool) -> N
             torch.testing.assert_close(exported(batch[:size]), model(batch[:size]))
 
 
+@pytest.mark.parametrize("name", ["sign_mlp", "quantised_cnn", "vit"])
+def test_compiles_and_steps_with_any_batch_size(name: str) -> None:
+    """The compiler takes the models of the zoo that have what the others have not: no derivative, attention."""
+    torch.manual_seed(0)
+    options = {"sign_mlp": {"hidden": (8, 8)}, "quantised_cnn": {"width": 4}, "vit": {"width": 8, "depth": 1}}
+    model = build(name, **options[name])
+    batch, targets = torch.randn(6, 1, 8, 8), torch.arange(6)
+    estimator = onward.LikelihoodRatio.feedback_learned(copies=2, reach=1, warmup=1)
+    program = onward.compile(model, (batch[:4],), loss=F.cross_entropy, estimator=estimator)
+    for size in (4, 6, 3):
+        model.zero_grad()
+        assert torch.as_tensor(program.step(batch[:size], targets[:size])).isfinite().all()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
+    assert [name for name, gradient in gradients.items() if gradient is not None and not gradient.any()] == []
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gains_keep_the_second_moment(activation: str) -> None:
-    torch.manual_seed(0)
     factory, gain = ACTIVATIONS[activation]
-    second_moment = factory()(torch.randn(400_000)).square().mean().item()
+    check_gain(factory(), gain)
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4, 16])
+@pytest.mark.parametrize("scale", [0.5, 2.0, 3.0])
+def test_a_quantisers_gain_keeps_the_second_moment(levels: int, scale: float) -> None:
+    quantiser = Quantise(levels, scale)
+    check_gain(quantiser, quantiser.gain)
+
+
+def check_gain(module: nn.Module, gain: float) -> None:
+    torch.manual_seed(0)
+    second_moment = module(torch.randn(400_000)).square().mean().item()
     assert gain**2 * second_moment == pytest.approx(1.0, abs=0.02)
 
 
@@ -122,7 +182,9 @@ def test_gains_keep_the_second_moment(activation: str) -> None:
     ("name", "options", "shape"),
     [
         ("mlp", {"hidden": (256,) * 8}, (64,)),
-        ("mlp", {"hidden": (256,) * 8, "activation": "sign"}, (64,)),
+        ("mlp", {"hidden": (256,), "depth": 12}, (64,)),
+        ("sign_mlp", {"hidden": (256,) * 8}, (64,)),
+        ("quantised_cnn", {"levels": 3, "scale": 1.0}, (1, 8, 8)),
         ("resnet5", {}, (1, 8, 8)),
         ("resnet9", {"width": 16}, (3, 32, 32)),
         ("vgg8", {"width": 16}, (3, 32, 32)),
@@ -153,12 +215,140 @@ def test_activations_without_derivative(activation: str, values: list[float]) ->
     assert gradient is None or not gradient.any()
 
 
-def test_initialisation_follows_the_global_seed() -> None:
-    def first_weight() -> torch.Tensor:
-        torch.manual_seed(3)
-        return next(resnet5().parameters()).detach()
+@pytest.mark.parametrize(
+    ("module", "bounds"),
+    [(Sign, (-1.0, 1.0)), (Quantise, (0.0, 2.0)), (lambda **twin: Quantise(3, 0.7, **twin), (0.0, 0.7))],
+    ids=["sign", "2 bits", "3 levels"],
+)
+def test_a_straight_through_twin_has_the_same_bits_and_a_clamps_derivative(module: Any, bounds: Any) -> None:
+    torch.manual_seed(0)
+    edges = [0.0, -0.0, 1.0, -1.0, 2.0, 0.7, 1e-40, -1e-40, 3e38, -3e38, torch.inf, -torch.inf]
+    inputs = torch.cat([torch.tensor(edges), torch.randn(10_000) * 10.0 ** torch.randint(-9, 9, (10_000,))])
+    twin_inputs = inputs.clone().requires_grad_()
+    output = module(straight_through=True)(twin_inputs)
+    torch.testing.assert_close(output.view(torch.int32), module()(inputs).view(torch.int32), atol=0, rtol=0)
+    (gradient,) = torch.autograd.grad(output.sum(), twin_inputs)
+    low, high = bounds
+    assert torch.equal(gradient, ((inputs >= low) & (inputs <= high)).float())
 
-    assert torch.equal(first_weight(), first_weight())
+
+@pytest.mark.parametrize(
+    ("name", "options", "blocked"),
+    [
+        ("sign_mlp", {}, {"fc1", "fc2"}),
+        ("sign_mlp", {"depth": 5}, {"fc1", "fc2", "fc3", "fc4"}),
+        ("quantised_cnn", {}, {"conv1", "conv2"}),
+        ("quantised_cnn", {"norm": "batch", "levels": 3, "scale": 1.0}, {"conv1", "conv2"}),
+    ],
+)
+def test_only_the_twin_trains_what_lies_before_a_hard_operation(
+    name: str, options: dict[str, Any], blocked: set[str]
+) -> None:
+    batch = torch.randn(16, 1, 8, 8)
+    outputs, without_gradient = [], []
+    for twin in (False, True):
+        torch.manual_seed(0)
+        model = build(name, **options, straight_through=twin)
+        output = model(batch)
+        torch.autograd.backward(output.square().sum())
+        outputs.append(output)
+        parts = {path.partition(".")[0]: False for path, _ in model.named_parameters()}
+        for path, parameter in model.named_parameters():
+            parts[path.partition(".")[0]] |= parameter.grad is not None and bool(parameter.grad.any())
+        without_gradient.append({part for part, has_gradient in parts.items() if not has_gradient})
+    assert torch.equal(*outputs)
+    assert without_gradient == [blocked, set()]
+
+
+def test_quantisers_round_to_even_steps() -> None:
+    quantised = Quantise(4, 3.0)(torch.tensor([-1.0, 0.4, 0.5, 0.6, 1.5, 2.4, 2.5, 2.6, 9.0]))
+    assert quantised.tolist() == [0.0, 0.0, 0.0, 1.0, 2.0, 2.0, 2.0, 3.0, 3.0]
+    assert Quantise(2, 0.5)(torch.tensor([0.2, 0.3])).tolist() == [0.0, 0.5]
+    for levels, scale in ((1, 2.0), (4, 0.0), (4, torch.inf)):
+        with pytest.raises(OptionError, match="at least 2 and a positive scale"):
+            Quantise(levels, scale)
+
+
+def test_attention_is_that_of_torch() -> None:
+    torch.manual_seed(0)
+    ours, theirs = SelfAttention(12, 3, gain=1.0), nn.MultiheadAttention(12, 3, batch_first=True)
+    theirs.load_state_dict(
+        {
+            "in_proj_weight": ours.qkv.weight,
+            "in_proj_bias": ours.qkv.bias,
+            "out_proj.weight": ours.out.weight,
+            "out_proj.bias": ours.out.bias,
+        }
+    )
+    tokens = torch.randn(2, 5, 12)
+    torch.testing.assert_close(ours(tokens), theirs(tokens, tokens, tokens, need_weights=False)[0])
+
+
+@pytest.mark.parametrize(("image_size", "patch"), [(4, 1), (8, 2), (24, 4), (28, 4), (32, 8), (64, 16)])
+def test_a_vit_chooses_its_patch(image_size: int, patch: int) -> None:
+    model = vit(image_size=image_size, width=4, depth=1, heads=1)
+    assert model.embed.kernel_size == (patch, patch)
+    assert model.position.shape == (1, (image_size // patch) ** 2, 4)
+
+
+def test_a_vit_refuses_sizes_that_do_not_divide() -> None:
+    for options, message in (
+        ({"image_size": 11}, "give patch"),
+        ({"patch": 3}, "patch=3 and image_size=8"),
+        ({"patch": 0}, "patch=0 and image_size=8"),
+        ({"heads": 3}, "heads=3 and width=64"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            build("vit", **options)
+    assert build("vit", image_size=11, patch=11, depth=0)(torch.zeros(2, 1, 11, 11)).shape == (2, 10)
+
+
+def test_a_vit_tells_places_apart_and_names_its_blocks() -> None:
+    torch.manual_seed(0)
+    model = vit(width=8, depth=2, heads=2)
+    image = torch.randn(1, 1, 8, 8)
+    assert not torch.allclose(model(image), model(image.flip(3)), atol=1e-3)
+    # By whole patches: without positions the mean over the tokens would not notice.
+    assert not torch.allclose(model(image), model(image.roll(2, dims=3)), atol=1e-3)
+    assert {"blocks.0.attention.qkv", "blocks.1.fc2"} < dict(model.named_modules()).keys()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "depth", "widths"),
+    [
+        ((5,), 4, [5, 5, 5]),
+        ((7, 5), 4, [7, 5, 5]),
+        ((7, 5), 2, [7]),
+        ((7, 5), 1, []),
+        ((), 1, []),
+        ((7, 5), None, [7, 5]),
+    ],
+)
+@pytest.mark.parametrize("name", ["mlp", "sign_mlp"])
+def test_depth_repeats_or_cuts_the_hidden_widths(
+    name: str, hidden: tuple[int, ...], depth: int | None, widths: list[int]
+) -> None:
+    layers = [module for module in build(name, hidden=hidden, depth=depth).modules() if isinstance(module, nn.Linear)]
+    assert [layer.out_features for layer in layers] == [*widths, 10]
+
+
+def test_depth_needs_a_layer_and_a_width() -> None:
+    for hidden, depth in (((5,), 0), ((), 2)):
+        with pytest.raises(OptionError, match=f"depth={depth} "):
+            mlp(hidden=hidden, depth=depth)
+
+
+@with_case
+def test_initialisation_and_forward_are_deterministic(case: Case) -> None:
+    def run() -> torch.Tensor:
+        torch.manual_seed(3)
+        model = build(case.name, **case.options)
+        return model(batch)
+
+    batch = torch.randn(4, *case.input_shape)
+    first = run()
+    torch.rand(7)
+    assert torch.equal(run(), first)
 
 
 @pytest.fixture
@@ -171,13 +361,23 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("factory", "learning_rate", "epochs"), [(mlp, 3e-3, 3), (resnet5, 5e-3, 6)], ids=["mlp", "resnet5"]
+    ("name", "options", "learning_rate", "epochs"),
+    [
+        ("mlp", {}, 3e-3, 3),
+        ("mlp", {"depth": 12}, 1e-3, 5),
+        ("sign_mlp", {"straight_through": True}, 3e-3, 4),
+        ("resnet5", {}, 5e-3, 6),
+        ("quantised_cnn", {"straight_through": True}, 5e-3, 6),
+        ("vit", {}, 1e-3, 6),
+    ],
 )
-def test_learns_digits_by_backpropagation(factory: Any, learning_rate: float, epochs: int, one_thread: None) -> None:
+def test_learns_digits_by_backpropagation(
+    name: str, options: dict[str, Any], learning_rate: float, epochs: int, one_thread: None
+) -> None:
     """A looser bound in fewer epochs than the recipe, so that only a broken model or data set fails it."""
     dataset = load("digits")
     torch.manual_seed(0)
-    model = factory()
+    model = build(name, **options)
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
     train, _ = loaders(dataset, batch_size=32, seed=0)
     for _ in range(epochs):
