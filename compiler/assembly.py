@@ -7,16 +7,18 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from ..passes.complete_gradients import complete_gradient, model_outputs
+from ..passes.complete_gradients import complete_gradient
 from ..passes.errors import UnsupportedModelError
 from ..passes.find_sites import Site, sites
-from ..passes.graph import Kind, Role, describe, outputs, placeholders
+from ..passes.graph import Kind, Role, describe, placeholders
 from ..passes.insert_captures import captures_of
+from ..passes.separate_outputs import output_nodes
 from ..passes.share_prefixes import clean_run, perturbed_nodes, perturbed_run
 from ..passes.split_stages import split_stages
 from .cost import forward_share
 from .estimator import LikelihoodRatio
 from .program import GradientSubgraph, PerturbedRun
+from .site_options import resolve_copies, resolve_corrections
 
 
 @dataclass(frozen=True)
@@ -35,32 +37,39 @@ def assemble(
     groups: Sequence[tuple[int, ...]],
     vjps: dict[int, fx.GraphModule],
     estimator: LikelihoodRatio,
+    rank: int | None = None,
 ) -> Assembly:
-    """Split the one-copy graph by groups of sites, and complete each site's vjp.
+    """Split the one-copy graph by groups of sites, and complete each site's vjp; `rank` is the feedback's.
 
     Raises:
         UnsupportedModelError: samples cannot be told apart although each is to have its own credit.
     """
     by_index = {site.index: site for site in sites(module)}
     own = {index: copies for group in groups for index, copies in _own_captures(module, group, estimator).items()}
-    runs = tuple(_run(module, number, group, own) for number, group in enumerate(groups))
+    copies = resolve_copies(estimator.copies, list(by_index.values()), groups)
+    runs = tuple(_run(module, number, group, own, copies[number]) for number, group in enumerate(groups))
     run_of = {index: run.index for run in runs for index in run.sites}
     captures = captures_of(module)
+    corrections = resolve_corrections(estimator.correction, list(by_index.values()))
     gradients = []
     for index, site in by_index.items():
-        source = _source(module, site, estimator)
-        graph = complete_gradient(
-            vjps[index],
-            site,
-            captures[index],
-            per_copy=own.get(index, False),
-            noise=estimator.noise,
-            score=estimator.score,
-            graph_module=module,
-            source=source,
-        )
+        source = _source(module, site, corrections[index] if estimator.feedback == "learned" else None)
+        graph = vjps[index]
+        if site.weight_noise is None:  # else it is complete: there is no vjp
+            graph = complete_gradient(
+                graph,
+                site,
+                captures[index],
+                per_copy=own.get(index, False),
+                noise=estimator.noise,
+                score=estimator.score,
+                graph_module=module,
+                source=source,
+                rank=rank,
+            )
         number = run_of.get(index, 0)
-        gradients.append(GradientSubgraph(site, number, own.get(index, False), captures[index], graph, source))
+        shrunk = source == "corrected" and corrections[index] == "shrunk"
+        gradients.append(GradientSubgraph(site, number, own.get(index, False), captures[index], graph, source, shrunk))
     untileable = next(filter(None, (_untileable(run.module) for run in runs)), "")
     if untileable and estimator.credit == "sample":
         raise UnsupportedModelError(
@@ -71,20 +80,9 @@ def assemble(
 
 
 def noise_points(module: fx.GraphModule) -> list[int]:
-    """The sites at whose noise point a predicted gradient is read; the model's output needs no prediction.
-
-    Raises:
-        UnsupportedModelError: the model's output is not one tensor with the samples first.
-    """
-    results = [node for output, node in outputs(module) if output.kind == "output"]
-    layout = results[0].meta.get("layout") if len(results) == 1 and isinstance(results[0], fx.Node) else None
-    if layout is None or (layout.dim, layout.outer, layout.sizes[0]) != (0, 1, 1):
-        raise UnsupportedModelError(
-            f'feedback="learned" needs a model whose output is one tensor with the samples first; this one returns '
-            f'{len(results)} value(s). Return the one that the loss reads, or use feedback="none".'
-        )
+    """The sites at whose noise point a predicted gradient is read; the model's outputs need no prediction."""
     nodes = {node.name: node for node in module.graph.nodes}
-    ends = {nodes[name] for site in sites(module) for name in site.ends} - model_outputs(module.graph)
+    ends = {nodes[name] for site in sites(module) for name in site.ends} - output_nodes(module)
     return sorted(end.meta["site"].index for end in ends)
 
 
@@ -102,21 +100,23 @@ def _own_captures(module: fx.GraphModule, group: Iterable[int], estimator: Likel
     return {i: not joined[i] and any(nodes[one.source] in perturbed for one in captures[i]) for i in group}
 
 
-def _run(module: fx.GraphModule, number: int, group: tuple[int, ...], own: dict[int, bool]) -> PerturbedRun:
+def _run(
+    module: fx.GraphModule, number: int, group: tuple[int, ...], own: dict[int, bool], copies: int
+) -> PerturbedRun:
     captures = captures_of(module)
     masks = {n.meta["site"].index: n.meta["alive"] for n in module.graph.nodes if "alive" in n.meta}
     graph = perturbed_run(module, group, [one for index in group if own[index] for one in captures[index]])
     alive = {index: masks[index] for index in group if index in masks}
-    return PerturbedRun(number, group, graph, forward_share(graph, module), alive)
+    return PerturbedRun(number, group, graph, forward_share(graph, module), copies, alive)
 
 
-def _source(module: fx.GraphModule, site: Site, estimator: LikelihoodRatio) -> str:
-    """Where the site's cotangent comes from (`GradientSubgraph.source`)."""
-    if estimator.feedback == "none":
+def _source(module: fx.GraphModule, site: Site, correction: str | None) -> str:
+    """Where the site's cotangent comes from (`GradientSubgraph.source`); `correction` is None without feedback."""
+    if correction is None:
         return "noise"
-    returned = {node.name for node in model_outputs(module.graph)}
+    returned = {node.name for node in output_nodes(module)}
     exact = returned.issuperset(site.ends)  # `e` pulled back, nothing is predicted
-    return "feedback" if exact or estimator.correction == "none" else "corrected"
+    return "feedback" if exact or correction == "none" else "corrected"
 
 
 def _untileable(run: fx.GraphModule) -> str:

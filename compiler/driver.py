@@ -18,16 +18,22 @@ from ..passes.graph import Role, placeholders
 from ..passes.infer_sign_domains import infer_sign_domains
 from ..passes.insert_captures import insert_captures
 from ..passes.insert_noise import insert_noise
+from ..passes.join_segments import join_segments
 from ..passes.key_random_operations import key_random_operations
 from ..passes.locate_samples import locate_samples
 from ..passes.mask_noise import mask_noise
+from ..passes.perturb_weights import perturb_weights, weight_gradients
+from ..passes.separate_outputs import separate_outputs
+from ..passes.tie_blocks import tie_blocks
 from ..passes.trace_gradients import trace_gradients
 from .assembly import assemble, noise_points
 from .capture import CapturedModel, as_call, capture
 from .estimator import LikelihoodRatio
+from .feedback_size import resolve_rank
 from .probe import probe_copies, probe_samples
 from .program import CompiledModel, PassRecord
-from .site_options import resolve_groups
+from .segments import resolve_reach, resolve_segments
+from .site_options import resolve_blocks, resolve_groups, resolve_noise_on
 from .verify import verify
 
 GraphPass = Callable[[fx.GraphModule], fx.GraphModule]
@@ -55,12 +61,29 @@ def compile_model(model: nn.Module, example_inputs: Any, estimator: LikelihoodRa
         )
 
     join = partial(find_sites, share_sums=alive)
-    reach: list[tuple[str, GraphPass]] = [("extend_reach", partial(extend_reach, reach=estimator.reach))]
-    _run_passes(history, [("find_sites", join), *(reach if feedback else [])])
-    points = _noise_points(history[-1].module, captured) if feedback else None
+    _run_passes(history, [("find_sites", join)])
+    if feedback:
+        names = _output_names(captured)
+        _run_passes(history, [("separate_outputs", partial(separate_outputs, names=names))])
+    reach = resolve_reach(estimator.reach, history[-1].module)
+    if estimator.segments != "op":
+        cuts = resolve_segments(estimator.segments, history[-1].module)
+        _run_passes(history, [("join_segments", partial(join_segments, cuts=cuts))])
+    if feedback:
+        _run_passes(history, [("extend_reach", partial(extend_reach, reach=reach))])
+    if estimator.blocks != 1:
+        sizes = resolve_blocks(estimator.blocks, history[-1].module)
+        _run_passes(history, [("tie_blocks", partial(tie_blocks, sizes=sizes))])
+    if estimator.noise_on != "output":
+        at_weights = resolve_noise_on(estimator.noise_on, history[-1].module)
+        _run_passes(history, [("perturb_weights", partial(perturb_weights, noise=at_weights))])
+    points = noise_points(history[-1].module) if feedback else None
+    at_points = [site for site in sites(history[-1].module) if site.index in (points or ())]
+    rank = resolve_rank(history[-1].module, at_points, estimator) if at_points else None
 
     started = time.perf_counter()
     vjps = trace_gradients(history[-1].module, capture=estimator.capture)
+    vjps |= weight_gradients(history[-1].module, noise=estimator.noise, score=estimator.score)
     history.append(PassRecord("trace_gradients", history[-1].module, time.perf_counter() - started))
     masks: list[tuple[str, GraphPass]] = [("mask_noise", mask_noise)]
     _run_passes(
@@ -75,7 +98,7 @@ def compile_model(model: nn.Module, example_inputs: Any, estimator: LikelihoodRa
     module = history[-1].module
     found = tuple(sites(module))
     groups = resolve_groups(estimator.groups, found) if points is None else [tuple(points)] if points else []
-    parts = assemble(module, groups, vjps, estimator)
+    parts = assemble(module, groups, vjps, estimator, rank)
     runs = [run.module for run in parts.runs]
     sequential = bool(mixes_samples or parts.untileable or probe_copies(parts.stages, runs, values, len(found)))
     compiled = CompiledModel(
@@ -88,6 +111,8 @@ def compile_model(model: nn.Module, example_inputs: Any, estimator: LikelihoodRa
         parts.gradients,
         mixes_samples,
         sequential,
+        rank,
+        reach,
     )
     verify(compiled)
     return compiled
@@ -99,13 +124,14 @@ def _run_passes(history: list[PassRecord], passes: list[tuple[str, GraphPass]]) 
         history.append(PassRecord(name, rewrite(history[-1].module), time.perf_counter() - started))
 
 
-def _noise_points(module: fx.GraphModule, captured: CapturedModel) -> list[int]:
-    if not captured.out_spec.is_leaf():
-        raise UnsupportedModelError(
-            'feedback="learned" needs a model that returns one tensor, not a structure of '
-            f'{captured.out_spec.num_leaves} value(s). Return the one that the loss reads, or use feedback="none".'
-        )
-    return noise_points(module)
+def _output_names(captured: CapturedModel) -> list[str]:
+    """The leaves of the model's output as errors call them: ``output['logits']``."""
+    count = captured.out_spec.num_leaves
+    try:
+        tree = pytree.tree_unflatten(list(range(count)), captured.out_spec)
+        return [f"output{pytree.keystr(path)}" for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    except (ValueError, TypeError, KeyError):  # a class of the user's that was registered without names of its parts
+        return [f"output {number}" for number in range(count)]
 
 
 def _probe(

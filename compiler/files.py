@@ -50,3 +50,43 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise `OutputError` if `write_whole` could not write `path`: before the work, not after it."""
+    _replace(path, None)
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write `path` in one rename, its folder made if missing.
+
+    Raises:
+        OutputError: it cannot be written. What was there stays.
+    """
+    _replace(path, content)
+
+
+def _replace(path: Path, content: str | None) -> None:
+    target = Path(os.path.abspath(path))
+    if target.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder.")
+    temporary: str | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".tmp-{target.name}-", dir=target.parent)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(content or "")
+            file.flush()
+            os.fsync(file.fileno())
+        if content is not None:
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
+            os.replace(temporary, target)
+            temporary = None
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error}") from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)

@@ -20,7 +20,7 @@ from ..passes.locate_samples import batch_symbol, multiple_of_batch
 from .program import binding_key
 
 OUTPUT_KINDS = ("mutation", "output", "value", "capture", "gradient")
-RUNTIME_VALUES = ("copies", "draws", "key", "sigmas", "weights", "error")
+RUNTIME_VALUES = ("copies", "draws", "key", "sigmas", "weights", "error", "projected_error")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,9 @@ def _random_numbers_are_keyed(module: fx.GraphModule) -> Iterator[Finding]:
 
 _KEY_ARGUMENT = {
     ops.perturb: 2,
+    ops.perturb_weight: 2,
     ops.weighted_noise_sum: 2,
+    ops.weight_noise_sum: 2,
     ops.weighted_noise: 2,
     ops.keyed_random: 0,
     ops.stochastic_sign: 3,
@@ -144,7 +146,7 @@ def _noise_has_its_own_site(module: fx.GraphModule) -> Iterator[Finding]:
             yield Finding(f"it adds the noise of site {site} but is marked as {node.meta.get('noise_of')}", node=node)
         for user in z.users if isinstance(z, fx.Node) else ():
             past = user is not node and user.op == "call_function" and user.target != ops.tile
-            if past and "capture" not in user.meta and not user.meta.get("clean"):
+            if past and not {"capture", "clean", "returned"} & user.meta.keys():
                 yield Finding(f"%{user.name} reads %{z} past the noise", node=node)
 
 
@@ -172,6 +174,9 @@ def _sites_fit_the_graph(module: fx.GraphModule) -> Iterator[Finding]:
         layout = node.meta.get("layout")
         if layout is not None and (list(layout.sizes), layout.dim, layout.outer) != (sizes, dim, outer):
             yield Finding(f"its arguments say {sizes, dim, outer}, its layout {layout}", node=node)
+        blocks = node.kwargs.get("blocks")
+        if blocks and layout is not None and len(blocks) != len(layout.extents):  # type: ignore[arg-type]
+            yield Finding(f"blocks of {blocks} do not fit a sample of {layout.extents}", node=node)
 
 
 def _fits(
@@ -190,7 +195,7 @@ def _fits(
 
 def perturbations(module: fx.GraphModule) -> list[fx.Node]:
     """The noise nodes of a graph."""
-    return [node for node in module.graph.nodes if node.op == "call_function" and node.target == ops.perturb]
+    return [node for node in module.graph.nodes if node.op == "call_function" and node.target in ops.PERTURBING]
 
 
 GRAPH_CHECKS: tuple[GraphCheck, ...] = (

@@ -37,9 +37,10 @@ _SHORT = {
     "_native_batch_norm_legit_no_training": "batch_norm (given statistics)",
 }
 
-_NOISE = {ops.perturb, ops.weighted_noise, ops.weighted_noise_sum, ops.keyed_random}
+_NOISE = {*ops.PERTURBING, *ops.REGENERATING, ops.keyed_random}
 _MADE_UP = {
     "error": "e, the loss's gradient at the output",
+    "projected_error": "e along the feedback's basis",
     "feedback": "learned Jacobian",
     "weights": "losses' weights",
 }

@@ -31,6 +31,8 @@ class PerturbedRun:
     module: fx.GraphModule
     share: float
     """FLOPs of one copy as a share of a whole forward's."""
+    copies: int
+    """Perturbed copies of the batch a step."""
     alive: dict[int, str]
     """Names of the alive masks, of the sites that have one."""
 
@@ -52,6 +54,8 @@ class GradientSubgraph:
     module: fx.GraphModule
     source: str = "noise"
     """Where the cotangent comes from: ``"noise"``, ``"feedback"`` or ``"corrected"`` (`passes.complete_gradients`)."""
+    shrunk: bool = False
+    """Whether the correction counts only as far as two halves of the copies agree on it."""
 
     @property
     def name(self) -> str:
@@ -79,6 +83,10 @@ class CompiledModel:
     """The first operation that mixes samples, or ``""``."""
     sequential: bool
     """Whether copies must run one at a time, because tiling them into the batch would let them mix."""
+    rank: int | None = None
+    """With learned feedback, the directions of the outputs that it keeps; None for all outputs."""
+    reach: int = 0
+    """With learned feedback, over how many hops gradients are pulled back."""
 
     @property
     def graph(self) -> fx.GraphModule:

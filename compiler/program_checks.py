@@ -10,13 +10,14 @@ import torch
 from torch import fx
 
 from ..passes import ops
-from ..passes.complete_gradients import model_outputs
+from ..passes.find_sites import Site
 from ..passes.graph import Kind, Role, outputs, placeholders
+from ..passes.perturb_weights import noise_arguments
+from ..passes.separate_outputs import output_nodes
+from .estimator import LikelihoodRatio
 from .graph_checks import Finding, perturbations
 from .program import CompiledModel, GradientSubgraph, binding_key, input_keys, output_keys
 from .task_graph import task_graph
-
-_WEIGHTED = (ops.weighted_noise, ops.weighted_noise_sum)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def _parameters_are_reached(compiled: CompiledModel) -> Iterator[Finding]:
 def noise_points(compiled: CompiledModel) -> list[int]:
     """With feedback, the sites at whose noise point some gradient is read, the model's output excepted."""
     at = {site.output: site.index for site in compiled.sites}
-    returned = {node.name for node in model_outputs(compiled.graph.graph)}
+    returned = {node.name for node in output_nodes(compiled.graph)}
     return sorted({at[end] for site in compiled.sites for end in site.ends if end not in returned})
 
 
@@ -176,7 +177,7 @@ def _crossing(compiled: CompiledModel, gradient: GradientSubgraph) -> set[str]:
         return noise
     at = {site.output: site.index for site in compiled.sites}
     points = [at[end] for end in gradient.site.ends if end in at]
-    feedback = {"error", *(f"feedback.{point}" for point in points)}
+    feedback = {"error", "projected_error", *(f"feedback.{point}" for point in points)}
     if gradient.source == "feedback":
         return feedback
     return feedback | {"key", "draws", *(f"weights.{point}" for point in points)}
@@ -185,7 +186,7 @@ def _crossing(compiled: CompiledModel, gradient: GradientSubgraph) -> set[str]:
 def _downstream(node: fx.Node) -> set[fx.Node]:
     """The noise node of a noise point and all that depends on it."""
     reached: set[fx.Node] = set()
-    stack = [user for user in node.users if user.target == ops.perturb]
+    stack = [user for user in node.users if user.target in ops.PERTURBING]
     while stack:
         current = stack.pop()
         if current not in reached:
@@ -199,7 +200,7 @@ def _noise_is_regenerated(compiled: CompiledModel) -> Iterator[Finding]:
     perturbed = {index for run in compiled.runs for index in run.sites}
     for gradient in compiled.gradients:
         title = _title(gradient)
-        made = [node for node in gradient.module.graph.nodes if node.target in _WEIGHTED]
+        made = [node for node in gradient.module.graph.nodes if node.target in ops.REGENERATING]
         if gradient.from_clean:
             if made:
                 yield Finding("a gradient predicted from the clean run reads noise", title, made[0])
@@ -209,15 +210,22 @@ def _noise_is_regenerated(compiled: CompiledModel) -> Iterator[Finding]:
             yield Finding(f"noise is made {len(made)} times for {len(points)} noise points", title)
             continue
         wanted = ops.weighted_noise if gradient.per_copy else ops.weighted_noise_sum
-        expected = [
-            (p.index, estimator.noise, estimator.score, list(p.layout.sizes), p.layout.dim, p.layout.outer)
-            for p in points
-        ]
+        if gradient.site.weight_noise is not None:
+            wanted = ops.weight_noise_sum
+        expected = [_noise_of(point, estimator) for point in points]
         for node in made:
             if node.target != wanted or node.args[3:] not in expected:
                 yield Finding(f"its cotangent {node.args[3:]} is not {wanted} of one of {expected}", title, node)
         for other in perturbations(gradient.module):
             yield Finding("a gradient subgraph adds noise", title, other)
+
+
+def _noise_of(point: Site, estimator: LikelihoodRatio) -> tuple[object, ...]:
+    """The noise of a site as the operators that make it again are given it."""
+    if point.weight_noise is not None:
+        return noise_arguments(point, estimator.noise, estimator.score)
+    layout = point.noise_layout
+    return (point.index, estimator.noise, estimator.score, list(layout.sizes), layout.dim, layout.outer)
 
 
 def _noise_of_the_group_alone(compiled: CompiledModel) -> Iterator[Finding]:
@@ -238,6 +246,12 @@ def _noise_of_the_group_alone(compiled: CompiledModel) -> Iterator[Finding]:
                 yield Finding(
                     f"the noise {node.args[5:9]} is not that of site {site.name!r}, {arguments}", run.name, node
                 )
+            if tuple(node.kwargs.get("blocks") or ()) != site.blocks:  # type: ignore[arg-type]
+                yield Finding(f"its blocks are not those of site {site.name!r}, {site.blocks}", run.name, node)
+            described = {} if site.weight_noise is None else site.weight_noise.arguments
+            given = {name: value for name, value in node.kwargs.items() if name in ops.WEIGHT_NOISE}
+            if given != described:
+                yield Finding(f"the noise {given} is not that of site {site.name!r}, {described}", run.name, node)
     noisy = perturbations(compiled.graph)
     if sorted(node.args[4] for node in noisy) != sorted(i for run in compiled.runs for i in run.sites):  # type: ignore[type-var]
         yield Finding("it does not add the noise of every perturbed site once", "the one-copy graph")

@@ -19,9 +19,12 @@ from ..passes.find_sites import Site
 from ..passes.graph import Role, operation_name, placeholders
 from ..passes.insert_captures import Capture
 from ..passes.rules import Rule, rule_for
+from ..passes.separate_outputs import error_like, output_nodes
 from .capture import capture
+from .columns import size
 from .cost import count_flops, total_flops
 from .driver import node_count
+from .feedback_size import jacobian_bytes, jacobian_shapes
 from .program import CompiledModel, GradientSubgraph
 from .site_options import resolve_sigmas
 
@@ -49,7 +52,9 @@ class SiteReport:
     num_parameters: int
     line: str
     perturbation_dimension: int
-    """Elements of noise a sample."""
+    """Numbers of noise, of a sample (``noise_on="weight"``: of all)."""
+    noise_on: str
+    """``"output"``, ``"weight"``, ``"sample"`` or ``"rank-one"``."""
     sigma: float
     forward_flops: int
     gradient_flops: int
@@ -59,6 +64,20 @@ class SiteReport:
     """The same as packed signs; None where the rule allows none."""
     captured_bytes: int
     """The same as the estimator captures them."""
+
+
+@dataclass(frozen=True)
+class JacobianReport:
+    """What feedback learns at a noise point."""
+
+    site: str
+    rows: int
+    """Coordinates of a sample, or blocks of them."""
+    columns: int
+    """Outputs, or directions of them."""
+    form: str
+    """``"full"``, ``"tied over 2×2"``, ``"rank 4"``, or the two."""
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -117,6 +136,8 @@ class Report:
     sites: tuple[SiteReport, ...]
     num_stages: int
     runs: tuple[RunReport, ...]
+    jacobians: tuple[JacobianReport, ...]
+    """Of learned feedback; empty without."""
     subgraphs: tuple[SubgraphReport, ...]
     forward_flops: int
     perturbed_forwards: float
@@ -154,7 +175,6 @@ def examine(compiled: CompiledModel, *, name: str, plan: str = "") -> Report:
     """The report of a compiled model called `name`; `plan` is its plan as text (the runtime's, which makes it)."""
     everything = placeholders(compiled.graph, Role.PARAMETER)
     trainable = [node for node in everything if node.meta["trainable"]]
-    copies = compiled.estimator.copies
     taken = {one.name: one.bytes for gradient in compiled.gradients for one in gradient.captures}
     return Report(
         model=name,
@@ -176,9 +196,10 @@ def examine(compiled: CompiledModel, *, name: str, plan: str = "") -> Report:
             )
             for run in compiled.runs
         ),
+        jacobians=_jacobians(compiled),
         subgraphs=tuple(_subgraph(compiled, gradient) for gradient in compiled.gradients),
         forward_flops=total_flops(compiled.captured.module),
-        perturbed_forwards=copies * sum(run.share for run in compiled.runs),
+        perturbed_forwards=sum(run.copies * run.share for run in compiled.runs),
         capture_bytes=sum(taken.values()),
         notes=tuple(_notes(compiled)),
         plan=plan,
@@ -240,7 +261,8 @@ def _sites(compiled: CompiledModel) -> tuple[SiteReport, ...]:
                 parameters=site.parameters,
                 num_parameters=sum(by_target[target].numel() for target in site.parameters),
                 line=site.line,
-                perturbation_dimension=site.layout.elements,
+                perturbation_dimension=site.noise_layout.elements,
+                noise_on="output" if site.weight_noise is None else site.weight_noise.on,
                 sigma=sigmas[site.index],
                 forward_flops=sum(flops.get(name, 0) for name in site.region),
                 gradient_flops=total_flops(gradient.module),
@@ -249,6 +271,17 @@ def _sites(compiled: CompiledModel) -> tuple[SiteReport, ...]:
                 captured_bytes=sum(one.bytes for one in gradient.captures),
             )
         )
+    return tuple(reports)
+
+
+def _jacobians(compiled: CompiledModel) -> tuple[JacobianReport, ...]:
+    taken = jacobian_bytes(compiled)
+    reports = []
+    for index, (rows, columns) in jacobian_shapes(compiled).items():
+        site = compiled.sites[index]
+        form = [f"tied over {'×'.join(str(block) for block in site.blocks if block > 1)}"] if site.blocks else []
+        form += [] if compiled.rank is None else [f"rank {compiled.rank}"]
+        reports.append(JacobianReport(site.name, rows, columns, ", ".join(form) or "full", taken[index]))
     return tuple(reports)
 
 
@@ -280,10 +313,42 @@ def _subgraph(compiled: CompiledModel, gradient: GradientSubgraph) -> SubgraphRe
     )
 
 
+def _locality(compiled: CompiledModel) -> str:
+    """How much of the gradients is predicted, and how much pulled back by local backpropagation."""
+    if not compiled.runs:
+        return "the reach covers the whole model: the gradients are backpropagation's, and nothing is perturbed."
+    returned = {node.name for node in output_nodes(compiled.graph)}
+    exact = [site for site in compiled.sites if returned.issuperset(site.ends)]
+    local = sum(site.beyond != () or site.ends != (site.output,) or site.joined for site in compiled.sites)
+    how = f"pulled back inside {local} of them by local backpropagation" if local else "without any backpropagation"
+    last = " (the last operation's own)" if len(exact) == 1 and not local else ""
+    predicted = len(compiled.sites) - len(exact)
+    chosen = f"reach auto is {compiled.reach} here; " if compiled.estimator.reach == "auto" else ""
+    return (
+        f"{chosen}of {len(compiled.sites)} gradient subgraphs {predicted} start from a predicted gradient at a noise "
+        f"point and {len(exact)} from the loss's own at the output{last}, {how}."
+    )
+
+
+def _lowered(compiled: CompiledModel) -> str:
+    """Of the rank that the memory leaves: a bias nobody asked for."""
+    outputs, item = int(error_like(compiled.graph.graph).shape[1]), error_like(compiled.graph.graph).element_size()
+    whole = outputs * item * sum(rows for rows, _ in jacobian_shapes(compiled).values())
+    return (
+        f"feedback keeps {compiled.rank} directions of the {outputs:,} outputs: Jacobians of all of them would take "
+        f"{size(whole)}, and feedback_memory={compiled.estimator.feedback_memory} MiB. What lies outside these "
+        "directions is missing from every prediction, a bias that more copies do not remove."
+    )
+
+
 def _notes(compiled: CompiledModel) -> Iterable[str]:
     estimator = compiled.estimator
     if compiled.captured.how == "symbolic_trace":
         yield "torch.export refused this model; it was captured by torch.fx.symbolic_trace."
+    if estimator.feedback == "learned":
+        yield _locality(compiled)
+        if compiled.rank is not None and estimator.rank is None:
+            yield _lowered(compiled)
     if compiled.mixes_samples:
         yield f"{compiled.mixes_samples} mixes the samples of a batch: one loss is taken for the whole batch."
     if compiled.sequential:

@@ -12,12 +12,14 @@ from .report import Refusal, Report
 
 
 def text(report: Report) -> str:
-    """The report at `WIDTH` columns: overview, passes, sites, perturbed runs, gradient subgraphs, plan."""
+    """The report at `WIDTH` columns: overview, passes, sites, perturbed runs, learned feedback, gradient subgraphs,
+    plan."""
     parts = [
         _overview(report),
         "Passes\n" + _pass_table(report),
         "Sites\n" + _site_table(report),
         "Perturbed runs\n" + _run_table(report),
+        *(["Learned feedback\n" + _jacobian_table(report)] if report.jacobians else []),
         "Gradient subgraphs\n" + _subgraph_table(report),
     ]
     if report.plan:
@@ -56,9 +58,10 @@ def rules_text() -> str:
 
 def describe_estimator(estimator: Mapping[str, Any]) -> str:
     """The estimator's settings in one line."""
-    copies = f"{estimator['copies']} copies"
-    if estimator["antithetic"]:
-        copies += f" ({estimator['copies'] // 2} antithetic pairs)"
+    count = estimator["copies"]
+    copies = f"copies {_by_site(count)}" if isinstance(count, Mapping) else f"{count} copies"
+    if estimator["antithetic"] and isinstance(count, int):
+        copies += f" ({count // 2} antithetic pairs)"
     if estimator["chunk"] is not None:
         copies += f" in chunks of {estimator['chunk']}"
     groups, sigma = estimator["groups"], estimator["sigma"]
@@ -69,18 +72,29 @@ def describe_estimator(estimator: Mapping[str, Any]) -> str:
             f"{estimator['capture']} capture",
             groups if isinstance(groups, str) else f"{len(groups)} groups",
             copies,
-            f"σ {sigma:g}"
-            if isinstance(sigma, float | int)
-            else "σ " + " ".join(f"{k}={v:g}" for k, v in sigma.items()),
+            f"σ {_by_site(sigma)}",
             *(["batch credit"] if estimator["credit"] == "batch" else []),
             *(["noise on alive coordinates"] if estimator["placement"] == "alive" else []),
+            *([f"noise on {_by_site(estimator['noise_on'])}"] if estimator["noise_on"] != "output" else []),
+            *([f"tied over blocks of {_by_site(estimator['blocks'])}"] if estimator["blocks"] != 1 else []),
             *(
-                [f"learned feedback, correction {estimator['correction']}, reach {estimator['reach']}"]
+                [
+                    f"learned feedback, correction {_by_site(estimator['correction'])}, reach {estimator['reach']}",
+                    *([f"segments {estimator['segments']}"] if estimator["segments"] != "op" else []),
+                    *([f"perturbed every {estimator['probe_every']} steps"] if estimator["probe_every"] != 1 else []),
+                ]
                 if estimator["feedback"] == "learned"
                 else []
             ),
         ]
     )
+
+
+def _by_site(value: float | str | Mapping[str, Any]) -> str:
+    """A number or a word, or ``pattern=value`` of each pattern of site names."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{pattern}={_by_site(each)}" for pattern, each in value.items())
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def describe_change(change: Mapping[str, int]) -> str:
@@ -105,6 +119,9 @@ def _overview(report: Report) -> str:
         ),
         ("captures", f"{size(report.capture_bytes)} a sample in {len(activations)} activations"),
     ]
+    if report.jacobians:
+        taken = sum(one.bytes for one in report.jacobians)
+        rows.append(("feedback", f"{size(taken)} in {len(report.jacobians)} Jacobians"))
     lines = [report.model]
     for key, value in rows:
         lines.append(textwrap.fill(value, WIDTH, initial_indent=f"  {key:<12}", subsequent_indent=" " * 14))
@@ -128,7 +145,7 @@ def _site_table(report: Report) -> str:
             site.operation.replace("aten.", ""),
             site.rule,
             f"{site.num_parameters:,}",
-            f"{site.perturbation_dimension:,}",
+            f"{site.perturbation_dimension:,}" + ("" if site.noise_on == "output" else f" {site.noise_on}"),
             quantity(site.forward_flops),
             quantity(site.gradient_flops),
             size(site.exact_bytes),
@@ -137,10 +154,15 @@ def _site_table(report: Report) -> str:
         for site in report.sites
     ]
     legend = (
-        "a sample: noise = perturbed elements; forward, gradient = FLOPs of matrix products and convolutions (the "
+        "a sample: noise = its numbers of noise; forward, gradient = FLOPs of matrix products and convolutions (the "
         "gradient once for all copies, or a copy); exact, packed = bytes captured as floats, as packed "
         "signs (–: always exactly)"
     )
+    if any(site.noise_on != "output" for site in report.sites):
+        legend += (
+            "; noise without a word is on the output, else on the weight, with numbers for all samples (weight) or for "
+            "each (sample; rank-one: of two vectors)"
+        )
     return table(columns, rows, "rlllrrrrrr") + "\n" + wrapped(legend, "  ")
 
 
@@ -156,6 +178,12 @@ def _run_table(report: Report) -> str:
         for run in report.runs
     ]
     return table(["run", "perturbs", "operations", "FLOPs a copy", "of a forward"], rows, "llrrr")
+
+
+def _jacobian_table(report: Report) -> str:
+    rows = [(one.site, f"{one.rows:,}×{one.columns:,}", one.form, size(one.bytes)) for one in report.jacobians]
+    legend = "J = coordinates of a sample (or blocks of them) × outputs (or directions of them)"
+    return table(["noise point", "J", "form", "memory"], rows, "lrlr") + "\n" + wrapped(legend, "  ")
 
 
 def _subgraph_table(report: Report) -> str:

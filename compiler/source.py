@@ -139,7 +139,7 @@ def tiled_nodes(module: fx.GraphModule) -> set[fx.Node]:
             if per_copy and "capture" in node.meta:
                 tiled.add(node)
             continue
-        branches = node.target == ops.perturb and node.args[-1] is False
+        branches = node.target in ops.PERTURBING and node.args[-1] is False
         counts = node.target == torch.ops.aten.sym_size.int and node.args[0].name == "copies"
         if branches or counts or node.target in _STARTS_COPIES or any(s in tiled for s in node.all_input_nodes):
             tiled.add(node)

@@ -6,6 +6,7 @@ from . import models
 from .api import compile
 from .compiler.estimator import LikelihoodRatio
 from .passes import errors
+from .runtime.calibration import Calibration
 from .runtime.history import EpochRecord, History
 from .runtime.program import Program
 from .runtime.trainer import Trainer
@@ -13,6 +14,7 @@ from .runtime.trainer import Trainer
 __version__ = version("onward")
 
 __all__ = [
+    "Calibration",
     "EpochRecord",
     "History",
     "LikelihoodRatio",

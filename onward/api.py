@@ -8,7 +8,8 @@ from torch import nn
 
 from .compiler.driver import compile_model
 from .compiler.estimator import LikelihoodRatio
-from .passes.errors import OptionError
+from .passes.errors import OptionError, unknown_name
+from .runtime.calibration import Calibration
 from .runtime.loss import Loss
 from .runtime.program import Program
 
@@ -18,7 +19,7 @@ def compile(
     example_inputs: Any,
     *,
     loss: Loss,
-    estimator: LikelihoodRatio | None = None,
+    estimator: LikelihoodRatio | Calibration | str | None = None,
     seed: int = 0,
 ) -> Program:
     """Compile `model` into a program that trains it without a backward pass.
@@ -31,19 +32,30 @@ def compile(
             have the batch first; the batch size stays free.
         loss: ``(output, target) -> one loss a sample``; a torch loss with a ``reduction`` may be given as it is. It may
             have no derivative, be a black box, and need not be traceable.
-        estimator: the settings; the default is `LikelihoodRatio()`.
+        estimator: the settings; the default is `LikelihoodRatio()`. ``"auto"`` is `LikelihoodRatio.auto()`, which
+            measures what it needs while it trains; a `Calibration` is what was measured and chosen before
+            (`Program.calibrate`).
         seed: seed of all noise.
 
     Raises:
-        onward.errors.OnwardError: the model, an option or the example cannot work; the message says where and what to
-        do.
+        onward.errors.OnwardError: the model, an option or the example cannot work, or the calibration is of another
+            model; the message says where and what to do.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"model is {type(model).__name__}; it has to be a torch.nn.Module.")
     if not callable(loss):
         raise OptionError(f"loss is {type(loss).__name__}; it has to be callable as loss(output, target).")
-    if estimator is not None and not isinstance(estimator, LikelihoodRatio):
-        raise OptionError(f"estimator is {type(estimator).__name__}; it has to be an onward.LikelihoodRatio.")
+    if isinstance(estimator, str):
+        if estimator != "auto":
+            raise unknown_name("estimator", estimator, ("auto",))
+        estimator = LikelihoodRatio.auto()
+    if estimator is not None and not isinstance(estimator, (LikelihoodRatio, Calibration)):
+        raise OptionError(
+            f"estimator is {type(estimator).__name__}; it has to be an onward.LikelihoodRatio, an onward.Calibration "
+            'or "auto".'
+        )
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise OptionError(f"seed={seed!r}: it has to be an integer of 64 bits.")
+    if isinstance(estimator, Calibration):
+        return Program(model, estimator.compile(model, example_inputs), loss, seed)
     return Program(model, compile_model(model, example_inputs, estimator or LikelihoodRatio()), loss, seed)

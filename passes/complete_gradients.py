@@ -8,12 +8,15 @@ In front of the vjp go
      run's and all copies share one vjp (method.md 5), ``weighted_noise`` where every copy has its own captures (1);
    - ``"feedback"``: the learned Jacobian of the outputs, times the outputs' error ``e`` (12);
    - ``"corrected"``: the sum of both, the weights being what feedback leaves unexplained;
-   - ``"error"``: ``e`` itself, at the model's output;
-   times the alive mask, where the noise point has one (10),
+   - ``"error"``: the part of ``e`` that belongs to it, at one of the model's outputs;
+   times the alive mask, where the noise point has one (10); plus its part of ``e`` at a noise point that is itself
+   returned (`separate_outputs`). Where its noise is tied over blocks, what noise and losses
+   give a block is divided by its alive coordinates, and each of them receives the block's number (`tie_blocks`),
 3. in the second case, the scaling of sizes by the number of copies, and the tiling of constants with one row a sample.
 
 What a completed subgraph reads is captures, parameters, constants, ``weights``, the ids of draws or copies, the key,
-and the feedback matrix and ``e``: never another subgraph's result, and never noise.
+and the feedback matrix and ``e`` (or ``e`` along the feedback's basis): never another subgraph's result, and never
+noise.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from .find_sites import Site
 from .graph import Kind, Layout, Role, add_runtime_placeholder, append_placeholder, finish, outputs, set_outputs
 from .insert_captures import Capture
 from .locate_samples import batch_symbol, multiple_of_batch
+from .separate_outputs import error_like
 
 _aten = torch.ops.aten
 
@@ -42,8 +46,12 @@ def complete_gradient(
     score: str,
     graph_module: fx.GraphModule,
     source: str = "noise",
+    rank: int | None = None,
 ) -> fx.GraphModule:
-    """The gradient subgraph of `site`; `graph_module` is the one-copy graph, `source` that of the cotangent (above)."""
+    """The gradient subgraph of `site`; `graph_module` is the one-copy graph, `source` that of the cotangent (above).
+
+    With a `rank` the feedback matrices have that many columns, and ``e`` enters them as its coordinates along a basis.
+    """
     by_operand = {capture.operand: capture for capture in captures}
     batch = batch_symbol(graph_module)
     graph = fx.Graph()
@@ -76,10 +84,13 @@ def complete_gradient(
     ends = {node.name: node for node in graph_module.graph.nodes}
     cotangents = [node for node in vjp.graph.nodes if node.op == "placeholder" and _is_cotangent(node)]
     for place, name in zip(cotangents, site.ends, strict=True):
-        cotangent = _cotangent(graph, ends[name], site, noise, score, source, ids)
         alive = ends[name].meta.get("alive")
-        if alive is not None:
-            cotangent = graph.call_function(_aten.mul.Tensor, (cotangent, _mask(graph, ends, alive, site.layout, ids)))
+        mask = None if alive is None else _mask(graph, ends, alive, site.layout, ids)
+        cotangent = _cotangent(graph, ends[name], site, noise, score, source, ids, mask, rank)
+        if mask is not None:
+            cotangent = graph.call_function(_aten.mul.Tensor, (cotangent, mask))
+        for own in (user for user in ends[name].users if "returned" in user.meta):
+            cotangent = graph.call_function(_aten.add.Tensor, (cotangent, _at_output(graph, own)))
         cotangent.meta["val"] = place.meta.get("val")
         mapping[place] = graph.call_function(_aten.to.dtype, (cotangent, place.meta["val"].dtype))
     for node in vjp.graph.nodes:
@@ -105,53 +116,70 @@ def _mask(graph: fx.Graph, nodes: dict[str, fx.Node], name: str, layout: Layout,
 
 
 def _cotangent(
-    graph: fx.Graph, end: fx.Node, site: Site, noise: str, score: str, source: str, copies: fx.Node | None
+    graph: fx.Graph,
+    end: fx.Node,
+    site: Site,
+    noise: str,
+    score: str,
+    source: str,
+    copies: fx.Node | None,
+    alive: fx.Node | None,
+    rank: int | None,
 ) -> fx.Node:
-    """The gradient of the loss at `end`, a noise point or the model's output."""
+    """The gradient of the loss at `end`, a noise point or one of the model's outputs, before the mask `alive`."""
     point: Site | None = end.meta.get("site")
-    if source != "noise" and end in model_outputs(end.graph):
-        source = "error"
     layout: Layout = end.meta["layout"]
-    where = (list(layout.sizes), layout.dim, layout.outer)
-    number = site.index if point is None else point.index
+    if source != "noise" and "offsets" in end.meta:
+        return _at_output(graph, end)
+    point = site if point is None else point
+    number, coarse = point.index, point.grid if point.blocks else layout
+    where = (list(coarse.sizes), coarse.dim, coarse.outer)
+    blocks = (list(layout.sizes), layout.dim, layout.outer, list(point.blocks))
     terms = []
     if source in ("noise", "corrected"):
         key = add_runtime_placeholder(graph, "key", None)
         weights = add_runtime_placeholder(graph, "weights" if source == "noise" else f"weights.{number}", None)
         if copies is not None:
-            terms.append(graph.call_function(ops.weighted_noise, (weights, copies, key, number, noise, score, *where)))
+            term = graph.call_function(ops.weighted_noise, (weights, copies, key, number, noise, score, *where))
         else:
             draws = add_runtime_placeholder(graph, "draws", None)
-            terms.append(
-                graph.call_function(ops.weighted_noise_sum, (weights, draws, key, number, noise, score, *where))
-            )
+            term = graph.call_function(ops.weighted_noise_sum, (weights, draws, key, number, noise, score, *where))
+        if point.blocks:
+            counts = graph.call_function(ops.count_blocks, (term, alive, *blocks))
+            counts = graph.call_function(_aten.clamp_min.default, (counts, 1))
+            term = graph.call_function(_aten.div.Tensor, (term, counts))
+        terms.append(term)
     if source in ("feedback", "corrected"):
-        error = _error(graph, end.graph)
-        learned = error.meta["val"].new_empty(layout.elements, error.meta["val"].shape[1])
+        error = _error(graph, end.graph, rank)
+        learned = error.meta["val"].new_empty(coarse.elements, error.meta["val"].shape[1])
         jacobian = add_runtime_placeholder(graph, f"feedback.{number}", learned)
         rows = graph.call_function(_aten.mm.default, (error, graph.call_function(_aten.t.default, (jacobian,))))
-        terms.append(from_rows(graph, rows, layout))
-    if source == "error":
-        terms.append(from_rows(graph, _error(graph, end.graph), layout))
-    return terms[0] if len(terms) == 1 else graph.call_function(_aten.add.Tensor, tuple(terms))
+        terms.append(from_rows(graph, rows, coarse))
+    value = terms[0] if len(terms) == 1 else graph.call_function(_aten.add.Tensor, tuple(terms))
+    return graph.call_function(ops.spread_blocks, (value, *blocks)) if point.blocks else value
 
 
-def _error(graph: fx.Graph, whole: fx.Graph) -> fx.Node:
-    """The placeholder of ``e``, ``(N, outputs)``, like the model's output."""
-    val = next(iter(model_outputs(whole))).meta["val"]
-    return add_runtime_placeholder(graph, "error", val.new_empty(val.shape[0], val[0].numel()))
+def _error(graph: fx.Graph, whole: fx.Graph, rank: int | None) -> fx.Node:
+    """The placeholder of ``e``, ``(N, outputs)``, or of its coordinates, ``(N, rank)``."""
+    like = error_like(whole)
+    if rank is not None:
+        return add_runtime_placeholder(graph, "projected_error", like.new_empty(like.shape[0], rank))
+    return add_runtime_placeholder(graph, "error", like)
 
 
-def model_outputs(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose value, but for noise, is the model's output."""
-    node = graph.output_node()
-    found: set[fx.Node] = set()
-    for output, value in zip(node.meta["outputs"], node.args[0], strict=True):  # type: ignore[arg-type]
-        if output.kind == "output" and isinstance(value, fx.Node):
-            found.add(value)
-            if "noise_of" in value.meta:
-                found.add(value.all_input_nodes[0])
-    return found
+def _at_output(graph: fx.Graph, end: fx.Node) -> fx.Node:
+    """The gradient at one of the model's outputs: its part of ``e``, or the sum of them if it is returned twice."""
+    error, layout = _error(graph, end.graph, None), end.meta["layout"]
+    parts = []
+    for start in end.meta["offsets"]:
+        whole = layout.elements == error.meta["val"].shape[1]
+        where = (error, 1, start, start + layout.elements)
+        rows = error if whole else graph.call_function(_aten.slice.Tensor, where)
+        parts.append(from_rows(graph, rows, layout))
+    total = parts[0]
+    for part in parts[1:]:
+        total = graph.call_function(_aten.add.Tensor, (total, part))
+    return total
 
 
 def from_rows(graph: fx.Graph, rows: fx.Node, layout: Layout) -> fx.Node:

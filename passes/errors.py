@@ -62,6 +62,10 @@ class CheckpointError(OnwardError, RuntimeError):
     """A checkpoint cannot be written, or is damaged, or belongs to another model."""
 
 
+class CalibrationError(OnwardError, ValueError):
+    """A calibration cannot be made, read, or used for this model."""
+
+
 class OutputError(OnwardError, RuntimeError):
     """A file or folder cannot be written, or holds something that is not to be overwritten. It is as it was."""
 

@@ -7,7 +7,8 @@ inside the subgraph from the captured input, and a reach beyond the last site is
 independent of each other.
 
 A noise point at fewer than r hops (counted along the shortest way) is passed, any other that is met ends the way: so
-no way is counted twice. The model's output ends every way.
+no way is counted twice. The model's outputs end every way (`separate_outputs`). Hops are counted from the end of a
+site's own segment (`join_segments`).
 
 Writes ``meta["site"]`` anew with `frontier` and `beyond`.
 
@@ -17,12 +18,14 @@ result is not floating-point) is not passed; the way ends there.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
-from .graph import Kind, clone, finish, outputs
+from .graph import Kind, clone, finish
+from .separate_outputs import influential, output_nodes
 
 _aten = torch.ops.aten
 
@@ -36,32 +39,38 @@ WITHOUT_DERIVATIVE = {
 
 def extend_reach(module: fx.GraphModule, *, reach: int) -> fx.GraphModule:
     module = clone(module)
-    ends = {node for output, node in outputs(module) if output.kind == "output" and isinstance(node, fx.Node)}
-    points = {node for node in module.graph.nodes if "site" in node.meta} | ends
+    nodes = {node.name: node for node in module.graph.nodes}
     order = {node: position for position, node in enumerate(module.graph.nodes)}
-    following = {point: _following(point, points) for point in points}
-    for point in [point for point in points if "site" in point.meta]:
-        passed = _passed(point, following, ends, reach)
-        between = _between(point, passed, points)
-        frontier = sorted({node for node in between if node in points and node not in passed}, key=order.__getitem__)
-        beyond = sorted(between, key=order.__getitem__)
-        site = point.meta["site"]
-        point.meta["site"] = replace(
+    ends = output_nodes(module)
+    starts = [node for node in module.graph.nodes if "site" in node.meta]
+    points = {node for node in starts if node.meta["site"].ends == (node.name,)} | ends
+    ways = influential(module)
+    after = {point: following(point, points, ways) for point in points}
+    for start in starts:
+        site = start.meta["site"]
+        own = [nodes[name] for name in site.ends]
+        passed = _passed(own, after, ends, reach)
+        between = _between([start, *own], passed | ({start} - points), points)
+        frontier = {node for node in between | set(own) if node in points and node not in passed}
+        between |= {nodes[name] for name in site.beyond}  # of a segment, other sites on its way to its own ends
+        between -= {nodes[name] for name in site.region}
+        start.meta["site"] = replace(
             site,
-            frontier=tuple(node.name for node in frontier) or (site.output,),
-            beyond=tuple(node.name for node in beyond),
+            frontier=tuple(node.name for node in sorted(frontier, key=order.__getitem__)),
+            beyond=tuple(node.name for node in sorted(between, key=order.__getitem__)),
         )
     return finish(module)
 
 
-def _following(point: fx.Node, points: set[fx.Node]) -> set[fx.Node] | None:
-    """The next points behind `point`; None if a way there has no derivative, or there is none."""
+def following(point: fx.Node, points: Collection[fx.Node], ways: Collection[fx.Node]) -> set[fx.Node] | None:
+    """The next points behind `point` on `ways`, the nodes that influence an output; None if a way there has no
+    derivative, or there is none."""
     found: set[fx.Node] = set()
     seen: set[fx.Node] = set()
     stack = list(point.users)
     while stack:
         node = stack.pop()
-        if node in seen or node.op == "output" or node.meta.get("kind") == Kind.SIZE:
+        if node in seen or node not in ways or node.meta.get("kind") == Kind.SIZE:
             continue
         seen.add(node)
         val = node.meta.get("val")
@@ -75,22 +84,22 @@ def _following(point: fx.Node, points: set[fx.Node]) -> set[fx.Node] | None:
 
 
 def _passed(
-    start: fx.Node, following: dict[fx.Node, set[fx.Node] | None], ends: set[fx.Node], reach: int
+    starts: Sequence[fx.Node], after: dict[fx.Node, set[fx.Node] | None], ends: set[fx.Node], reach: int
 ) -> set[fx.Node]:
-    """The points at fewer than `reach` hops that have a derivative behind them."""
+    """The points at fewer than `reach` hops from `starts` that have a derivative behind them."""
     passed: set[fx.Node] = set()
-    level = {start}
+    level = set(starts)
     for _ in range(reach):
-        here = {point for point in level if following[point] is not None and point not in ends}
+        here = {point for point in level if after[point] is not None and point not in ends}
         passed |= here
-        level = {after for point in here for after in following[point] or ()} - passed
+        level = {further for point in here for further in after[point] or ()} - passed
     return passed
 
 
-def _between(start: fx.Node, passed: set[fx.Node], points: set[fx.Node]) -> set[fx.Node]:
-    """The nodes behind `start` on ways over passed points to points that are not passed, these included."""
+def _between(starts: Sequence[fx.Node], passed: set[fx.Node], points: set[fx.Node]) -> set[fx.Node]:
+    """The nodes behind `starts` on ways over passed points to points that are not passed, these included."""
     forward: set[fx.Node] = set()
-    stack = list(start.users) if start in passed else []
+    stack = [user for start in starts if start in passed for user in start.users]
     while stack:
         node = stack.pop()
         if node in forward or node.op == "output" or node.meta.get("kind") == Kind.SIZE:

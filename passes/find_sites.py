@@ -44,7 +44,9 @@ from .graph import (
     outputs,
     placeholders,
 )
+from .perturb_weights import WeightNoise
 from .rules import uses_batch_statistics
+from .tie_blocks import grid
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,21 @@ class Site:
     """Names of the nodes at which the gradient is read; empty stands for the noise point itself (`extend_reach`)."""
     beyond: tuple[str, ...] = ()
     """Names of the nodes behind the noise point up to the frontier, which the gradient is pulled back through."""
+    blocks: tuple[int, ...] = ()
+    """Extents of the blocks that share a number of noise, along ``layout.extents``; empty: each coordinate its own
+    (`tie_blocks`)."""
+    weight_noise: WeightNoise | None = None
+    """The noise on the site's weight, in place of that on its output (`perturb_weights`)."""
+
+    @property
+    def noise_layout(self) -> Layout:
+        """The layout of the numbers that noise is drawn for."""
+        return self.grid if self.weight_noise is None else self.weight_noise.layout
+
+    @property
+    def grid(self) -> Layout:
+        """The layout of the tensor with one element for every block: what noise is drawn, and feedback learned, for."""
+        return grid(self.layout, self.blocks)
 
     @property
     def ends(self) -> tuple[str, ...]:

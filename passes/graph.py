@@ -75,6 +75,14 @@ class Layout:
             count *= size
         return count
 
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """The axes of one sample, in the order of its elements; a batch dimension holds two, (outer, inner)."""
+        if not self.batched:
+            return self.sizes
+        rows = (self.outer, self.sizes[self.dim] // self.outer)
+        return (*self.sizes[: self.dim], *rows, *self.sizes[self.dim + 1 :])
+
 
 @dataclass(frozen=True)
 class Output:

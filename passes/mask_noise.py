@@ -35,7 +35,7 @@ def mask_noise(module: fx.GraphModule) -> fx.GraphModule:
     returned = {node for output, node in outputs(module) if output.kind != "capture"}
     for noisy in [node for node in module.graph.nodes if "noise_of" in node.meta]:
         point = noisy.args[0]
-        if noisy in returned:
+        if noisy in returned or point.meta["site"].weight_noise is not None:
             continue
         with module.graph.inserting_before(noisy):
             mask = _Masks(module.graph, point).alive(point, noisy)

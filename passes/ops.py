@@ -14,12 +14,20 @@ ordered ``(outer, N, sizes[dim] // outer)``; usually ``sizes[dim] == outer == 1`
 **Keys.** ``key`` is an int64 tensor ``(2,)`` of ``(seed, step)``. An element of noise is a function of
 ``(seed, step, site, draw, element)`` alone, ``element`` being the flat index in the clean (untiled, contiguous) tensor:
 device, chunking and threads do not change it.
+
+**Blocks.** ``blocks``, where given and not empty, ties the elements of a tensor over blocks: one extent for every axis
+of a sample (`Layout.extents`). Noise is then that of the smaller tensor with one element a block (`tie_blocks.grid`).
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from .graph import Layout
+from .tie_blocks import grid
 
 _library = torch.library.Library("onward", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -28,7 +36,19 @@ for _schema in (
     # z + sigmas[site] * noise, for every copy: (K*N, ...). `tiled` says whether z already holds the K copies; `alive`,
     # boolean and clean, where given, says which coordinates receive noise (method.md 10).
     "perturb(Tensor z, Tensor copies, Tensor key, Tensor sigmas, int site, str noise, "
-    "int[] sizes, int dim, int outer, bool tiled, Tensor? alive=None) -> Tensor",
+    "int[] sizes, int dim, int outer, bool tiled, Tensor? alive=None, int[]? blocks=None) -> Tensor",
+    # z + sigmas[site] * op(x; E) for every copy: noise on the weight of a linear layer or a convolution, and with
+    # `bias` on that (`perturb_weights`). `x_tiled` says whether x already holds the K copies.
+    "perturb_weight(Tensor z, Tensor copies, Tensor key, Tensor sigmas, int site, str noise, int[] sizes, int dim, "
+    "int outer, bool tiled, Tensor x, bool x_tiled, str on, str operation, int[] weight, bool bias, int[] stride, "
+    "int[] padding, int[] dilation, int groups) -> Tensor",
+    # sum over d and samples of weights[d, sample] * score(E of draws[d]): the weight's entries, then the bias's.
+    "weight_noise_sum(Tensor weights, Tensor draws, Tensor key, int site, str noise, str score, str on, "
+    "str operation, int[] weight, bool bias, int groups) -> Tensor",
+    # A clean tensor with one element a block as one of shape `sizes`: every coordinate has its block's element.
+    "spread_blocks(Tensor x, int[] sizes, int dim, int outer, int[] blocks) -> Tensor",
+    # How many coordinates of every block are alive (all without a mask), shaped and typed like `like`, one a block.
+    "count_blocks(Tensor like, Tensor? alive, int[] sizes, int dim, int outer, int[] blocks) -> Tensor",
     # A clean tensor repeated for every copy.
     "tile(Tensor x, Tensor copies, int dim, int outer) -> Tensor",
     # sum over d of weights[d, sample] * score(noise of draws[d]); weights (D, N), result shaped like the clean tensor.
@@ -68,8 +88,30 @@ def _clean_shape(sizes: list[int], dim: int, batch: int) -> list[int]:
 
 
 @torch.library.register_fake("onward::perturb")
-def _(z, copies, key, sigmas, site, noise, sizes, dim, outer, tiled, alive=None):  # type: ignore[no-untyped-def]
+def _(z, copies, key, sigmas, site, noise, sizes, dim, outer, tiled, alive=None, blocks=None):  # type: ignore[no-untyped-def]
     return z.new_empty(z.shape if tiled else _tiled_shape(z.shape, copies, dim))
+
+
+@torch.library.register_fake("onward::perturb_weight")
+def _(z, copies, key, sigmas, site, noise, sizes, dim, outer, tiled, *described, **named):  # type: ignore[no-untyped-def]
+    return z.new_empty(z.shape if tiled else _tiled_shape(z.shape, copies, dim))
+
+
+@torch.library.register_fake("onward::weight_noise_sum")
+def _(weights, draws, key, site, noise, score, on, operation, weight, bias, groups):  # type: ignore[no-untyped-def]
+    channels = weight[1] if operation == "product" else weight[0]
+    return weights.new_empty(math.prod(weight) + (channels if bias else 0))
+
+
+@torch.library.register_fake("onward::spread_blocks")
+def _(x, sizes, dim, outer, blocks):  # type: ignore[no-untyped-def]
+    rows = grid(Layout(tuple(sizes), dim, outer), tuple(blocks)).sizes[dim]
+    return x.new_empty(_clean_shape(sizes, dim, x.shape[dim] // rows))
+
+
+@torch.library.register_fake("onward::count_blocks")
+def _(like, alive, sizes, dim, outer, blocks):  # type: ignore[no-untyped-def]
+    return like.new_empty(like.shape)
 
 
 @torch.library.register_fake("onward::tile")
@@ -113,6 +155,10 @@ def _(packed, domain, sizes, dim, dtype):  # type: ignore[no-untyped-def]
 
 
 perturb = torch.ops.onward.perturb.default
+perturb_weight = torch.ops.onward.perturb_weight.default
+weight_noise_sum = torch.ops.onward.weight_noise_sum.default
+spread_blocks = torch.ops.onward.spread_blocks.default
+count_blocks = torch.ops.onward.count_blocks.default
 tile = torch.ops.onward.tile.default
 weighted_noise_sum = torch.ops.onward.weighted_noise_sum.default
 weighted_noise = torch.ops.onward.weighted_noise.default
@@ -120,3 +166,10 @@ keyed_random = torch.ops.onward.keyed_random.default
 stochastic_sign = torch.ops.onward.stochastic_sign.default
 pack_signs = torch.ops.onward.pack_signs.default
 unpack_signs = torch.ops.onward.unpack_signs.default
+
+PERTURBING = (perturb, perturb_weight)
+"""The operators that add noise to a value."""
+REGENERATING = (weighted_noise, weighted_noise_sum, weight_noise_sum)
+"""The operators that make it again for a gradient."""
+WEIGHT_NOISE = ("on", "operation", "weight", "bias", "stride", "padding", "dilation", "groups")
+"""What `perturb_weight` is told of the noise and of the operation."""

@@ -4,7 +4,8 @@
 once, in the clean run, and shared by all copies. The perturbed run holds all copies of a chunk side by side in the
 batch:
 
-1. A noise node of the group branches: it takes the clean value and returns its copies.
+1. A noise node of the group branches: it takes the clean value and returns its copies (noise on a weight takes the
+   activation clean, or in copies where other noise has reached it).
 2. A clean value that a perturbed operation reads is tiled, if it has a batch dimension, or shared as it is.
 3. A size that depends on the batch is multiplied by the number of copies, unless it is a value (``h / len(h)``).
 4. Noise nodes of other groups vanish.
@@ -129,7 +130,7 @@ class _Extraction:
 
     def _needed(self, roots: list[fx.Node | str | None]) -> set[fx.Node]:
         needed: set[fx.Node] = set()
-        stack = [self.statistics[root][0] if isinstance(root, str) else root for root in roots]
+        stack = [self.statistics[root][0] if root in self.statistics else root for root in roots]
         while stack:
             node = stack.pop()
             if isinstance(node, fx.Node) and node not in needed:
@@ -159,6 +160,8 @@ class _Extraction:
             rest = [self.mapping.get(arg, arg) if isinstance(arg, fx.Node) else arg for arg in node.args[1:-1]]
             copied = self.graph.node_copy(node, lambda n: self.mapping.get(n, n))
             copied.args = (self.mapping[original], *rest, self._computed(original))
+            if "x" in node.kwargs:
+                copied.kwargs = {**copied.kwargs, "x_tiled": self._computed(node.kwargs["x"])}  # type: ignore[arg-type]
             self.mapping[node] = copied
         elif self.copies and uses_batch_statistics(node):
             self.mapping[node] = self._frozen(node)
@@ -228,7 +231,7 @@ class _Extraction:
         return new
 
     def _result(self, node: fx.Node | str | None) -> Any:
-        if isinstance(node, str):  # a statistic that the clean run has to hand over
+        if isinstance(node, str) and node in self.statistics:  # that the clean run has to hand over
             owner, index = self.statistics[node]
             return self.graph.call_function(operator.getitem, (self.mapping[owner], index))
         return self._argument(node) if isinstance(node, fx.Node) else node

@@ -13,10 +13,11 @@ has a gradient that does not depend on the cotangent; the error names it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,9 +30,12 @@ from .rules import Rule, rule_for, uses_batch_statistics
 
 
 def trace_gradients(module: fx.GraphModule, *, capture: str) -> dict[int, fx.GraphModule]:
-    """The vjp of every site; `capture` ``"exact"``, ``"sign"`` or ``"stochastic"`` decides what a norm layer reads."""
+    """The vjp of every site; `capture` ``"exact"``, ``"sign"`` or ``"stochastic"`` decides what a norm layer reads.
+
+    Sites with noise on their weight have none (`perturb_weights.weight_gradients`).
+    """
     nodes = {node.name: node for node in module.graph.nodes}
-    return {site.index: _trace(module, site, nodes, capture) for site in sites(module)}
+    return {site.index: _trace(module, site, nodes, capture) for site in sites(module) if site.weight_noise is None}
 
 
 def captures_normalized(site: Site, core: fx.Node, capture: str) -> bool:
@@ -63,6 +67,7 @@ def _trace(module: fx.GraphModule, site: Site, nodes: dict[str, fx.Node], captur
     ends = [nodes[name].meta["val"] for name in site.ends]
     mode = detect_fake_mode(ends)
     assert mode is not None
+    batch = batch_symbol(module)  # read before the trace: a symbol that it fixed is none any more
 
     def gradient(cotangents: list[Any], values: list[Any], weights: list[Any]) -> tuple[Any, ...]:
         # autograd.grad and not torch.func.vjp, whose wrappers read sizes as integers and so would fix the batch size
@@ -76,11 +81,27 @@ def _trace(module: fx.GraphModule, site: Site, nodes: dict[str, fx.Node], captur
 
     with mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention counts as random, and is not core ATen
         cotangents = [torch.empty_like(end, memory_format=torch.contiguous_format) for end in ends]
-        traced = make_fx(gradient, _allow_non_fake_inputs=True)(cotangents, values, weights)
-    _check_symbolic(batch_symbol(module), core)
+        traced = make_fx(gradient, _DECOMPOSED, _allow_non_fake_inputs=True)(cotangents, values, weights)
+    _check_symbolic(batch, core)
     _functionalize(traced)
     traced.graph.eliminate_dead_code()
     return _normal_form(traced, site, operands, [nodes[name] for name in operands], parameters, core)
+
+
+def _pad(x: Tensor, pad: Sequence[int], value: float = 0) -> Tensor:
+    """``constant_pad_nd`` by slices and concatenations: torch's own reads sizes as integers, forward and backward."""
+    for place in range(len(pad) // 2):
+        dim = x.dim() - 1 - place
+        before, after = pad[2 * place : 2 * place + 2]
+        if before < 0 or after < 0:
+            x = x.narrow(dim, max(-before, 0), x.shape[dim] + min(before, 0) + min(after, 0))
+        margins = [x.new_full([*x.shape[:dim], max(count, 0), *x.shape[dim + 1 :]], value) for count in (before, after)]
+        if before > 0 or after > 0:
+            x = torch.cat([margins[0], x, margins[1]], dim)
+    return x
+
+
+_DECOMPOSED = {torch.ops.aten.constant_pad_nd.default: _pad}
 
 
 def _check_symbolic(batch: Any, core: fx.Node) -> None:
@@ -124,27 +145,27 @@ def _after(node: fx.Node) -> set[fx.Node]:
 def _copied_region(site: Site, nodes: dict[str, fx.Node]) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """The region as a function ``(*operands, *parameters) -> values at the frontier``, and its operands' names.
 
-    Behind the noise point parameters are operands like any other value: also one that the site itself reads (a tied
-    weight) is differentiated only where this site reads it, since its other reader has a subgraph of its own. So is a
-    node at the frontier where another one behind the noise point reads it: the gradient there counts that way already.
+    Behind the region parameters are operands like any other value: also one that the site itself reads (a tied weight)
+    is differentiated only where this site reads it, since its other reader has a subgraph of its own. So is a node at
+    the frontier where another one reads it: the gradient there counts that way already.
     """
-    members = [nodes[name] for name in site.region]
-    behind = [nodes[name] for name in site.beyond]
-    own = {node for node in members if node.meta.get("kind") != Kind.PARAMETER} | set(behind)
-    own -= {nodes[name] for name in site.frontier if site.beyond}
-    read = [source for node in behind for source in node.all_input_nodes if source not in own]
+    members = {nodes[name] for name in site.region}
+    behind = {nodes[name] for name in site.beyond}
+    own = {node for node in members if node.meta.get("kind") != Kind.PARAMETER} | behind
+    inner = own - {nodes[name] for name in site.ends}
+    read = [source for node in behind for source in node.all_input_nodes if source not in inner]
     operands = list(dict.fromkeys([*(nodes[name] for name in site.operands), *read]))
     graph = fx.Graph()
     given = {node: graph.placeholder(node.name) for node in operands}
-    mapping = {nodes[name]: given[nodes[name]] for name in site.operands}
+    mapping: dict[fx.Node, fx.Node] = {}
     by_target = {node.meta["target"]: node for node in members if node.op == "placeholder"}
     for target in site.parameters:
         mapping[by_target[target]] = graph.placeholder(f"{by_target[target].name}_own")
-    for node in members:
-        if node not in mapping:
-            mapping[node] = graph.node_copy(node, mapping.__getitem__)
-    for node in behind:
-        mapping[node] = graph.node_copy(node, lambda n: given[n] if n in given else mapping[n])
+    for node in nodes.values():
+        if node in members | behind and node not in mapping:
+            known = inner if node in behind else inner | (members - own)
+            sources = {n: mapping[n] if n in known else given[n] for n in node.all_input_nodes}
+            mapping[node] = graph.node_copy(node, sources.__getitem__)
     graph.output(tuple(mapping[nodes[name]] for name in site.ends))
     return fx.GraphModule({}, graph), tuple(node.name for node in operands)
 

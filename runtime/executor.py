@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from ..compiler.program import CompiledModel, GradientSubgraph, input_keys, output_keys
 from ..passes.errors import NonFiniteLossError
+from ..passes.separate_outputs import returned
 from .feedback import FeedbackState, Probe, learn
 from .narrow import narrow
 from .output_gradient import OutputGradient
@@ -45,10 +47,13 @@ class StepInput:
     """``(output leaves, copies, samples) -> losses``: ``(copies, samples)``, or ``(copies, 1)`` with batch credit."""
     samples: int
     """Batch size N."""
+    device: torch.device
     target: Any = None
     feedback: FeedbackState | None = None
     output_gradient: OutputGradient | None = None
-    """With learned feedback: the loss's gradient at the output."""
+    """With learned feedback: the loss's gradient at the outputs."""
+    perturbed: bool = True
+    """Whether the copies run; with learned feedback a step can do without (`LikelihoodRatio.probe_every`)."""
 
 
 class SerialExecutor:
@@ -58,22 +63,36 @@ class SerialExecutor:
         self.compiled = compiled
         self.sigmas = sigmas
         self.plan = make_plan(compiled)
-        self.copies = [torch.tensor(chunk, dtype=torch.int64) for chunk in chunks(compiled)]
-        self.draws = torch.arange(compiled.estimator.draws)
+        self.clean_plan = make_plan(compiled, perturbed=False)
+        self.copies = [
+            [torch.tensor(chunk, dtype=torch.int64) for chunk in chunks(compiled, run)] for run in compiled.runs
+        ]
+        self.draws = [torch.arange(compiled.estimator.draws(run.copies)) for run in compiled.runs]
         self.clean_copies = torch.zeros(1, dtype=torch.int64)
         self.stages = [_Callable(stage) for stage in compiled.stages]
         self.runs = [_Callable(run.module) for run in compiled.runs]
+        learns = compiled.estimator.feedback == "learned"
+        self.returned = [index for index, _ in returned(compiled.graph.graph)] if learns else []
+        self.corrects = any(g.source == "corrected" for g in compiled.gradients)
         self.gradients = {g.site.index: (_Callable(g.module), g) for g in compiled.gradients}
 
     def run(self, given: StepInput) -> StepResult:
         """One step; raises NonFiniteLossError, and whatever the loss raises."""
         step = _Step(self, given)
-        for action in self.plan:
+        for action in self.plan if given.perturbed else self.clean_plan:
             _HANDLERS[type(action)](step, action)
         return step.result
 
+    def run_clean(self, given: StepInput) -> Environment:
+        """All values of the clean run, its losses checked; `given` stays as it is. Raises as `run`."""
+        step = _Step(self, replace(given, environment=dict(given.environment)))
+        for stage in range(len(self.stages)):
+            step.forward(Forward(stage))
+        step.evaluate(Error())
+        return step.environment
+
     def num_probed(self, samples: int) -> int:
-        """Samples of a batch that are perturbed."""
+        """Samples of a batch that are perturbed, in a step with a perturbed run."""
         return max(1, round(self.compiled.estimator.probe * samples))
 
 
@@ -105,7 +124,6 @@ class _Step:
         self.compiled, self.estimator = executor.compiled, executor.compiled.estimator
         self.environment = given.environment
         self.environment["runtime:copies"] = executor.clean_copies
-        self.environment["runtime:draws"] = executor.draws
         self.perturbed: Environment = {}
         self.losses: dict[int, list[Tensor]] = {run.index: [] for run in self.compiled.runs}
         self.responses: dict[int, list[Tensor]] = {run.index: [] for run in self.compiled.runs}
@@ -124,7 +142,7 @@ class _Step:
 
     def evaluate(self, action: Error) -> None:
         given, result = self.given, self.result
-        result.output = _leaves(self.environment)
+        result.output = output_leaves(self.environment)
         leaves = [
             leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in result.output
         ]  # a loss may write into it
@@ -132,8 +150,11 @@ class _Step:
             self.clean = given.loss(leaves, 1, given.samples)[0]
         else:
             key = self.environment["runtime:key"]
-            self.clean, self.error = given.output_gradient(leaves[0], given.target, key)
+            output = pytree.tree_unflatten(leaves, self.compiled.captured.out_spec)
+            self.clean, self.error = given.output_gradient(output, given.target, key)
             self.environment["runtime:error"] = self.error
+            if given.feedback is not None and given.feedback.basis is not None:
+                self.environment["runtime:projected_error"] = given.feedback.projected(self.error)
         if not bool(torch.isfinite(self.clean).all()):
             where = "" if self.clean.numel() == 1 else f" of sample {int((~torch.isfinite(self.clean)).nonzero()[0])}"
             raise NonFiniteLossError(
@@ -150,16 +171,17 @@ class _Step:
 
     def perturb(self, action: Perturb) -> None:
         given, probed = self.given, self.probed
-        runtime: Environment = {"runtime:copies": self.executor.copies[action.chunk]}
+        runtime: Environment = {"runtime:copies": self.executor.copies[action.run][action.chunk]}
         self.perturbed = {}  # frees the last chunk's values
         self.perturbed = self.executor.runs[action.run](runtime, self._read_by(action.run))
         self.perturbed.update(runtime)
-        leaves = _leaves(self.perturbed)
+        leaves = output_leaves(self.perturbed)
         if self.estimator.feedback == "learned":
-            response = leaves[0].reshape(len(action.copies), probed, -1)
+            shown = [leaves[index] for index in self.executor.returned]
+            response = torch.cat([leaf.reshape(len(action.copies), probed, -1) for leaf in shown], 2)
             self._check(response.sum(2), action, "output")
             self.responses[action.run].append(response)
-            if self.estimator.correction == "none":
+            if not self.executor.corrects:
                 return
         losses = given.loss(leaves, len(action.copies), probed)
         self._check(losses, action, "loss")
@@ -173,27 +195,55 @@ class _Step:
         clean = self._read_by(action.run)
         alive = {site.index: clean.get(f"value:{run.alive.get(site.index)}") for site in sites}
         response = self._differences(self.responses[action.run]) / 2
-        probe = Probe(response, self.error[: self.probed], alive, self.executor.draws, self.environment["runtime:key"])
+        probe = Probe(
+            response, self.error[: self.probed], alive, self.executor.draws[action.run], self.environment["runtime:key"]
+        )
         self.result.feedback, predicted = learn(state, probe, sites, self.executor.sigmas, self.estimator.noise)
-        if self.estimator.correction == "full":
+        if self.executor.corrects:
             observed = self._differences(self.losses[action.run]) / (2 * self.given.samples)
-            unexplained = observed - (predicted * self.error).sum(2)
+            unexplained = observed - predicted
             for site in run.sites:
-                scale = self.executor.sigmas[site] * self.estimator.draws
+                scale = self.executor.sigmas[site] * len(self.executor.draws[action.run])
                 self.corrections[f"runtime:weights.{site}"] = unexplained / scale
 
     def gradient(self, action: Gradient) -> None:
         subgraph, description = self.executor.gradients[action.site]
         given: Environment = {}
+        if not description.from_clean:
+            given["runtime:draws"] = self.executor.draws[description.run]
         if description.source == "corrected":
-            given = self.corrections
+            given.update(self.corrections)
         elif not description.from_clean:
             given["runtime:weights"] = self._weights(description)
         sources = (given, self.perturbed, self.environment) if description.per_copy else (given, self.environment)
-        for key, value in subgraph(*sources).items():
+        found = subgraph(*sources) if not description.shrunk else self._shrunk(subgraph, action.site, given)
+        for key, value in found.items():
             name = key.removeprefix("gradient:")
             gradients = self.result.gradients
             gradients[name] = gradients[name] + value if name in gradients else value
+
+    def _shrunk(self, subgraph: _Callable, site: int, given: Environment) -> Environment:
+        """The prediction plus α times the correction (method.md 12). The subgraph is linear in the error and in the
+        weights, so that each half of the draws gives its part of the correction."""
+        state = self.result.feedback
+        assert state is not None
+        nothing = {key: torch.zeros_like(value) for key, value in self.corrections.items()}
+        errors = {key: self.environment[key] for key in _ERRORS if key in self.environment}
+        silent = {key: torch.zeros_like(value) for key, value in errors.items()}
+        predicted = subgraph({**given, **nothing}, self.environment)
+        halves = []
+        for parity in (0, 1):
+            weights = {key: value.clone() for key, value in self.corrections.items()}
+            for value in weights.values():
+                value[1 - parity :: 2] = 0
+            halves.append(subgraph({**given, **weights, **silent}, self.environment))
+        first, second = halves
+        agreement = sum(float((first[key] * second[key]).sum()) for key in first)
+        size = sum(float((first[key] + second[key]).square().sum()) for key in first)
+        draws = len(self.executor.draws[0])  # with feedback there is one run
+        self.result.feedback = state.agreeing(site, agreement * draws**2 / (draws // 2 * (draws - draws // 2)), size)
+        alpha = self.result.feedback.alpha(site)
+        return {key: predicted[key] + alpha * (first[key] + second[key]) for key in predicted}
 
     def _read_by(self, run: int) -> Environment:
         """The clean values that a perturbed run reads, of the samples it perturbs."""
@@ -219,7 +269,7 @@ class _Step:
     def _weights(self, gradient: GradientSubgraph) -> Tensor:
         """The losses' weights in the estimate (1), (4), with σ, the mean over copies and over samples divided out."""
         estimator, samples = self.estimator, self.given.samples
-        scale = self.executor.sigmas[gradient.site.index] * estimator.draws
+        scale = self.executor.sigmas[gradient.site.index] * len(self.executor.draws[gradient.run])
         losses = self.losses[gradient.run]
         if estimator.credit == "sample":
             scale *= samples
@@ -229,8 +279,8 @@ class _Step:
             weights = self._differences(losses) / (2 * scale)
         else:
             weights = (torch.cat(losses) - self.clean) / scale
-        if weights.shape[1] == samples or not gradient.site.layout.batched:
-            return weights
+        if weights.shape[1] == samples or not gradient.site.noise_layout.batched:
+            return weights  # noise that all samples share is one number's worth of a batch loss
         return weights.expand(-1, samples).contiguous()
 
     def _differences(self, losses: list[Tensor]) -> Tensor:
@@ -249,6 +299,10 @@ _HANDLERS: dict[type, Callable[[_Step, Any], None]] = {
 }
 
 
-def _leaves(environment: Environment) -> list[Any]:
+_ERRORS = ("runtime:error", "runtime:projected_error")
+
+
+def output_leaves(environment: Environment) -> list[Any]:
+    """The leaves of the model's output, in order."""
     found = {int(key.removeprefix("output:")): value for key, value in environment.items() if key.startswith("output:")}
     return [found[index] for index in sorted(found)]

@@ -26,7 +26,8 @@ def suggest_chunk(compiled: CompiledModel, samples: int, device: torch.device) -
     free = available_bytes(device)
     fits = int(0.7 * free // per_copy) if per_copy else 0
     step = 2 if estimator.antithetic else 1
-    current = estimator.copies if estimator.chunk is None else min(estimator.chunk, estimator.copies)
+    copies = max((run.copies for run in compiled.runs), default=step)
+    current = copies if estimator.chunk is None else min(estimator.chunk, copies)
     fits = max(step, min(fits, current // 2) // step * step)
     return (
         f"a step of {samples} samples ran out of memory with {current} copies side by side: a copy takes about "

@@ -1,7 +1,8 @@
 """Keyed noise: the operators of `onward.passes.ops` that make random numbers.
 
 Noise is never stored; it is made again where it is used (see `noise_source`), and no operator holds more than a few
-megabytes beyond its result. Antithetic twins (method.md, equation 4) share one generated draw.
+megabytes beyond its result, or one draw where noise is tied over blocks. Antithetic twins (method.md, equation 4) share
+one generated draw.
 
 `copies`, `draws` and `key` are read on the host: keep them on the CPU, also for a model on a GPU (a GPU tensor works
 but makes the host wait).
@@ -10,18 +11,21 @@ but makes the host wait).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..passes import graph
 from ..passes import ops as _declarations  # noqa: F401  (declares what is implemented here)
 from ..passes.errors import OptionError, unknown_name
+from ..passes.tie_blocks import grid
 from . import noise_source
+from .blocks import spread
 from .distributions import MODEL_DISTRIBUTIONS, UNIFORM, noise_named
-from .noise_source import NUMPY_DTYPES, Layout, Source, copy_runs, layout_of, runs_within
+from .noise_source import NUMPY_DTYPES, Layout, Run, Source, Tile, copy_runs, layout_of, runs_within
 from .philox import Key, Purpose
 
 
@@ -54,8 +58,10 @@ def perturb(
     outer: int,
     tiled: bool,
     alive: Tensor | None = None,
+    blocks: Sequence[int] | None = None,
 ) -> Tensor:
-    """``z + sigmas[site] * noise`` for every copy (method.md, equation 1), on the `alive` coordinates where given (10).
+    """``z + sigmas[site] * noise`` for every copy (method.md, equation 1), on the `alive` coordinates where given (10),
+    with one number a block where `blocks` are given (12).
 
     `z` is floating, clean or (`tiled`) tiled; `alive` is boolean, of z's clean shape; `copies` int64 (K,), `key` int64
     (2,), `sigmas` floating (sites,). The result is tiled, contiguous, of z's dtype; noise and scale are rounded to
@@ -81,12 +87,13 @@ def perturb(
         target.copy_(clean)
         return result
     source = Source(distribution, draws, _key(key, site, Purpose.NOISE), z.dtype, z.device, scale)
+    pieces = _tied_pieces(source, layout, sizes, dim, outer, blocks) if blocks else source.pieces(layout)
     xp, destination, origin = _arrays(source.use_numpy, target, clean)
     mask: Any = None
     if alive is not None:
         mask = alive.reshape(layout.rows, 1, layout.samples, layout.inner)
         (_, mask) = _arrays(source.use_numpy, mask)
-    for i, j, (rows, samples, inner), numbers in source.pieces(layout):
+    for i, j, (rows, samples, inner), numbers in pieces:
         if mask is not None:
             numbers = numbers * mask[rows, :, samples, inner].swapaxes(0, 1)
         for piece, copy, sign in runs_within(runs, i, j):
@@ -99,6 +106,30 @@ def perturb(
     if isinstance(scale, Tensor):  # without waiting for its value; -0.0 + 0.0 would be 0.0
         return torch.where(scale == 0.0, clean, target).view(shape)
     return result
+
+
+_TIED_ELEMENTS = 1 << 20
+"""Elements of noise tied over blocks that are made at once."""
+
+
+def _tied_pieces(
+    source: Source, layout: Layout, sizes: Sequence[int], dim: int, outer: int, blocks: Sequence[int]
+) -> Iterator[tuple[int, int, Tile, Any]]:
+    """As `Source.pieces`, whole draws at a time: the numbers of the blocks, spread over their coordinates."""
+    fine = graph.Layout(tuple(sizes), dim, outer)
+    coarse = grid(fine, tuple(blocks))
+    of_blocks = layout_of(coarse.sizes, dim, coarse.outer, layout.samples)
+    group = max(1, _TIED_ELEMENTS // max(1, math.prod(layout)))
+    everything = (slice(0, layout.rows), slice(0, layout.samples), slice(0, layout.inner))
+    for first in range(0, len(source.draws), group):
+        some = source.of(source.draws[first : first + group])
+        numbers = torch.empty(len(some.draws), *of_blocks, dtype=source.dtype, device=source.device)
+        (_, destination) = _arrays(source.use_numpy, numbers)
+        for i, j, part, made in some.pieces(of_blocks):
+            destination[(slice(i, j), *part)] = made
+        whole = spread(numbers, fine, blocks, layout.samples).view(-1, *layout)
+        (_, whole) = _arrays(source.use_numpy, whole)
+        yield first, first + len(some.draws), everything, whole
 
 
 def tile(x: Tensor, copies: Tensor, dim: int, outer: int) -> Tensor:
@@ -141,19 +172,23 @@ def weighted_noise_sum(
     wide = weights.detach().to(dtype)
     if dim < 0:
         wide = wide.sum(1, keepdim=True)
-    if len(runs) != 1:
-        folded = wide.new_zeros(len(distinct), wide.shape[1])
-        for run in runs:
-            folded[run.start : run.stop] += run.sign * wide[run.copy : run.copy + run.stop - run.start]
-        wide = folded
-    elif runs[0].sign < 0:
-        wide = -wide
+    wide = of_draws(wide, len(distinct), runs)
     result = torch.zeros(_clean_shape(sizes, dim, weights.shape[1]), dtype=dtype, device=weights.device)
     xp, total, factors = _arrays(source.use_numpy, result.view(layout), wide)
     for i, j, part, numbers in source.pieces(layout):
         values = numbers if scored is None else scored(numbers)
         total[part] += xp.einsum("dn,dpnq->pnq", factors[i:j, part[1]], values)
     return result.to(weights.dtype)
+
+
+def of_draws(weights: Tensor, num_draws: int, runs: Sequence[Run]) -> Tensor:
+    """The weights of copies, (copies, N), summed for every distinct draw with the copies' signs: (num_draws, N)."""
+    if len(runs) == 1:
+        return weights if runs[0].sign > 0 else -weights
+    folded = weights.new_zeros(num_draws, weights.shape[1])
+    for run in runs:
+        folded[run.start : run.stop] += run.sign * weights[run.copy : run.copy + run.stop - run.start]
+    return folded
 
 
 def weighted_noise(

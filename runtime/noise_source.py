@@ -189,6 +189,10 @@ class Source:
         self.use_numpy = self.on_cpu and dtype in NUMPY_DTYPES
         self.limits = limits or (CPU_LIMITS if self.on_cpu else DEVICE_LIMITS)
 
+    def of(self, draws: Sequence[int]) -> Source:
+        """The same numbers of other draws."""
+        return Source(self.distribution, draws, self.key, self.dtype, self.device, self.scale, self.limits)
+
     def pieces(self, layout: Layout) -> Iterator[tuple[int, int, Tile, Array]]:
         """``(i, j, tile, numbers)``, numbers (draws i … j - 1, rows, samples, inner) of one tile of the layout after
         another.

@@ -1,7 +1,8 @@
-"""The gradient of the loss at the model's output: the one vector a sample that learned feedback is driven by."""
+"""The gradient of the loss at the model's outputs: the one vector a sample that learned feedback is driven by."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedOperatorException
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils import _pytree as pytree
+from torch.utils._pytree import TreeSpec
 
 from ..passes import ops
 from .loss import SampleLoss
-from .targets import repeat_target
+from .targets import repeat_target, target_leaves
 
 BLACK_BOX_DRAWS = 64
 """Antithetic pairs of evaluations of a loss without derivative; they cost no forward of the model."""
@@ -21,58 +24,119 @@ BLACK_BOX_SIGMA = 0.5
 """Standard deviation of their noise, in units of the outputs' own."""
 
 _SITE = (1 << 24) - 1
-"""Site number of the noise at the output; the compiler numbers sites from 0."""
+"""Site number of the noise at the first output, the others' are below; the compiler numbers sites from 0."""
 
 
 class OutputGradient:
     """``(output, target, key) -> (losses (N,), error (N, outputs))``, the error being that of the mean loss.
 
+    `output` is what the model returns, whatever its structure. The error is that of the leaves whose numbers are `at`
+    (None: all floating-point ones), flattened and put one behind the other, of the dtype they have in common; the loss
+    may read the others, but they have no error.
+
     A loss with a derivative is traced once to a graph (once a batch size if its code depends on it, as by
-    ``len(output)``), so that no autograd graph is built while training. A black box (a
-    loss that cannot be traced, or has no derivative) is differentiated by likelihood ratio at the output, which is one
-    more site: perturbed outputs, `BLACK_BOX_DRAWS` pairs of them, but no perturbed model.
+    ``len(output)``), so that no autograd graph is built while training. A black box (a loss that cannot be traced, or
+    has no derivative, or whose target holds anything but tensors) is differentiated by likelihood ratio at the output,
+    which is one more site: perturbed outputs, `BLACK_BOX_DRAWS` pairs of them, but no perturbed model.
     """
 
-    def __init__(self, loss: SampleLoss) -> None:
+    def __init__(self, loss: SampleLoss, at: Sequence[int] | None = None) -> None:
         self.loss = loss
+        self.at = at
         self._graphs: dict[int | None, fx.GraphModule | None] = {}  # by batch size; None is any
         self._traced_for: Any = None
 
-    def __call__(self, output: Tensor, target: Any, key: Tensor) -> tuple[Tensor, Tensor]:
-        samples = output.shape[0]
+    def __call__(self, output: Any, target: Any, key: Tensor) -> tuple[Tensor, Tensor]:
+        leaves, spec = pytree.tree_flatten(output)
+        at = [index for index, leaf in enumerate(leaves) if _is_floating(leaf)] if self.at is None else list(self.at)
+        samples = leaves[at[0]].shape[0]
         losses = self.loss(output, target, samples)
-        graph = self._derivative(output, target)
-        error = self._estimate(output, target, key) if graph is None else graph(output, target)
-        return losses, error.reshape(samples, -1) / samples
+        given = _Given(leaves, spec, target, samples, at)
+        graph = self._derivative(given)
+        found = self._estimate(given, key) if graph is None else graph(*given.tensors)
+        return losses, torch.cat([each.reshape(samples, -1) for each in found], 1) / samples
 
-    def _derivative(self, output: Tensor, target: Any) -> fx.GraphModule | None:
-        if not isinstance(target, Tensor) or target.dim() == 0:
+    def _derivative(self, given: _Given) -> fx.GraphModule | None:
+        """The graph of ``(*tensors) -> gradients at the leaves``; None for a black box."""
+        if not given.traceable:
             return None
-        described = (output.shape[1:], output.dtype, target.shape[1:], target.dtype, output.device)
+        described = given.described()
         if self._traced_for != described:
-            general = _trace(self.loss, output, target, free=True)
+            general = _trace(self.loss, given, free=True)
             self._graphs = {} if general is None else {None: general}
             self._traced_for = described
         if None in self._graphs:
             return self._graphs[None]
-        samples = output.shape[0]
-        if samples not in self._graphs:
-            self._graphs[samples] = _trace(self.loss, output, target, free=False)
-        return self._graphs[samples]
+        if given.samples not in self._graphs:
+            self._graphs[given.samples] = _trace(self.loss, given, free=False)
+        return self._graphs[given.samples]
 
-    def _estimate(self, output: Tensor, target: Any, key: Tensor) -> Tensor:
-        samples = output.shape[0]
-        sigma = BLACK_BOX_SIGMA * max(float(output.std(correction=0)), 1e-6)
+    def _estimate(self, given: _Given, key: Tensor) -> list[Tensor]:
+        """The gradients at the leaves, all perturbed together, each by noise of its own in units of its own spread."""
+        samples = given.samples
         draws = torch.arange(BLACK_BOX_DRAWS)
         copies = torch.cat([draws, ~draws])
-        where = ([1, *output.shape[1:]], 0, 1)
-        sigmas = torch.tensor(sigma, dtype=output.dtype).expand(_SITE + 1)
-        perturbed = ops.perturb(output, copies, key, sigmas, _SITE, "gaussian", *where, False)
-        repeated = repeat_target(target, len(copies), samples)
-        losses = self.loss(perturbed, repeated, samples * len(copies)).reshape(2, BLACK_BOX_DRAWS, samples)
-        weights = (losses[0] - losses[1]).to(output.dtype) / (2 * sigma * BLACK_BOX_DRAWS)
-        estimate: Tensor = ops.weighted_noise_sum(weights, draws, key, _SITE, "gaussian", "exact", *where)
-        return estimate
+        perturbed = repeat_target(given.leaves, len(copies), samples)
+        sites = {index: (_SITE - place, given.leaves[index]) for place, index in enumerate(given.at)}
+        spreads = {}
+        for index, (site, leaf) in sites.items():
+            sigma = BLACK_BOX_SIGMA * max(float(leaf.std(correction=0)), 1e-6)
+            spreads[index] = sigma
+            sigmas = torch.tensor(sigma, dtype=leaf.dtype).expand(_SITE + 1)
+            where = ([1, *leaf.shape[1:]], 0, 1)
+            perturbed[index] = ops.perturb(leaf, copies, key, sigmas, site, "gaussian", *where, False)
+        repeated = repeat_target(given.target, len(copies), samples)
+        output = pytree.tree_unflatten(perturbed, given.spec)
+        losses = self.loss(output, repeated, samples * len(copies)).reshape(2, BLACK_BOX_DRAWS, samples)
+        found = []
+        for index, (site, leaf) in sites.items():
+            weights = (losses[0] - losses[1]).to(leaf.dtype) / (2 * spreads[index] * BLACK_BOX_DRAWS)
+            where = ([1, *leaf.shape[1:]], 0, 1)
+            found.append(ops.weighted_noise_sum(weights, draws, key, site, "gaussian", "exact", *where))
+        return found
+
+
+class _Given:
+    """An output and a target, taken apart."""
+
+    def __init__(self, leaves: list[Any], spec: TreeSpec, target: Any, samples: int, at: list[int]) -> None:
+        self.leaves, self.spec, self.target, self.samples, self.at = leaves, spec, target, samples, at
+        parts, self.target_spec = pytree.tree_flatten(target)
+        # a list of one tensor a sample differs from batch to batch
+        whole = len(target_leaves(target, samples)) == len(parts)
+        self.traceable = whole and all(part is None or isinstance(part, Tensor) for part in parts)
+        self.everything = [*leaves, *parts]
+        self.places = [place for place, value in enumerate(self.everything) if isinstance(value, Tensor)]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those of the output, then those of the target."""
+        return [self.everything[place] for place in self.places]
+
+    def put(self, tensors: Sequence[Tensor]) -> tuple[Any, Any]:
+        """Output and target with other tensors."""
+        values = list(self.everything)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            values[place] = tensor
+        count = len(self.leaves)
+        return (
+            pytree.tree_unflatten(values[:count], self.spec),
+            pytree.tree_unflatten(values[count:], self.target_spec),
+        )
+
+    def described(self) -> Any:
+        """All that a graph depends on but the number of samples."""
+        rest = [value for value in self.leaves if not isinstance(value, Tensor)]
+        shapes = [(self.batched(t), t.shape[self.batched(t) :], t.dtype, t.device) for t in self.tensors]
+        return self.target_spec, self.places, rest, shapes
+
+    def batched(self, tensor: Tensor) -> bool:
+        """Whether its first dimension is the samples."""
+        return tensor.dim() > 0 and tensor.shape[0] == self.samples
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 def _equates_sizes(guard: Any) -> bool:
@@ -84,34 +148,40 @@ class _BlackBoxError(Exception):
     pass
 
 
-def _trace(loss: SampleLoss, output: Tensor, target: Tensor, *, free: bool) -> fx.GraphModule | None:
-    """The graph of ``(output, target) -> ∂ Σ losses / ∂ output``, for a `free` batch size or this one.
+def _trace(loss: SampleLoss, given: _Given, *, free: bool) -> fx.GraphModule | None:
+    """The graph of ``(*tensors) -> ∂ Σ losses / ∂ leaf`` for each leaf of `given.at`.
 
-    None for a black box, and where a free batch size is asked for but the loss's code depends on it.
+    It is for a `free` batch size or this one. None for a black box, and where a free batch size is asked for but the
+    loss's code depends on it.
     """
 
-    def gradient(output: Tensor, target: Tensor) -> Tensor:
-        leaf = output.detach().requires_grad_()
+    def gradient(*tensors: Tensor) -> list[Tensor]:
+        values = dict(zip(given.places, tensors, strict=True))
+        leaves = [values[index].detach().requires_grad_() for index in given.at]
+        values.update(zip(given.at, leaves, strict=True))
         with torch.enable_grad():
             try:
-                losses = loss.loss(leaf, target)
+                losses = loss.loss(*given.put(list(values.values())))
             except Exception as error:  # whatever stops a tracer inside the user's loss makes it a black box
                 raise _BlackBoxError from error
             if not isinstance(losses, Tensor) or not losses.requires_grad:
                 raise _BlackBoxError
             total = loss.reduce_positions(losses).sum()
         try:
-            (result,) = torch.autograd.grad(total, leaf)
+            found = torch.autograd.grad(total, leaves, allow_unused=True)
         except (NotImplementedError, UnsupportedOperatorException) as error:  # of the loss, and no tracer knows it
             raise _BlackBoxError from error
-        return result
+        return [torch.zeros_like(x) if each is None else each for x, each in zip(leaves, found, strict=True)]
 
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
     fakes = []
-    for tensor in (output, target):
-        constant = free and tensor.shape[0] == 1  # a size of 1 would be one
+    for tensor in given.tensors:
+        batched = given.batched(tensor)
+        constant = free and batched and tensor.shape[0] == 1  # a size of 1 would be one
         two = torch.cat([tensor, tensor]) if constant else tensor
-        dynamic = [DimDynamic.DYNAMIC if free else DimDynamic.STATIC, *[DimDynamic.STATIC] * (tensor.dim() - 1)]
+        dynamic = [DimDynamic.STATIC] * tensor.dim()
+        if free and batched:
+            dynamic[0] = DimDynamic.DYNAMIC
         fakes.append(mode.from_tensor(two, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic)))
     try:
         with mode, torch.no_grad():

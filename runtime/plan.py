@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..compiler.program import CompiledModel
+from ..compiler.program import CompiledModel, PerturbedRun
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,15 @@ class Learn:
 Action = Forward | Error | Perturb | Gradient | Learn
 
 
-def make_plan(compiled: CompiledModel) -> tuple[Action, ...]:
+def make_plan(compiled: CompiledModel, *, perturbed: bool = True) -> tuple[Action, ...]:
     """The serial order of a step: clean run and losses, the gradients that need nothing else, then group by group its
-    chunks, what is learned from them, and its sites' gradients."""
+    chunks, what is learned from them, and its sites' gradients; or without a `perturbed` run (``probe_every``)."""
     actions: list[Action] = [Forward(stage) for stage in range(len(compiled.stages))]
     actions.append(Error())
     actions += [Gradient(g.site.index, None) for g in compiled.gradients if g.from_clean]
-    for run in compiled.runs:
+    for run in compiled.runs if perturbed else ():
         subgraphs = [g for g in compiled.gradients if g.run == run.index and not g.from_clean]
-        for number, copies in enumerate(chunks(compiled)):
+        for number, copies in enumerate(chunks(compiled, run)):
             actions.append(Perturb(run.index, number, copies))
             actions += [Gradient(g.site.index, number) for g in subgraphs if g.per_copy]
         if compiled.estimator.feedback == "learned":
@@ -89,11 +89,11 @@ def make_plan(compiled: CompiledModel) -> tuple[Action, ...]:
     return tuple(actions)
 
 
-def chunks(compiled: CompiledModel) -> list[tuple[int, ...]]:
-    """Copy ids of every chunk. Both halves of a pair stay in one chunk, unless copies run one at a time."""
+def chunks(compiled: CompiledModel, run: PerturbedRun) -> list[tuple[int, ...]]:
+    """Copy ids of every chunk of a run. Both halves of a pair stay in one chunk, unless copies run one at a time."""
     estimator = compiled.estimator
-    size = estimator.copies if estimator.chunk is None else min(estimator.chunk, estimator.copies)
-    draws = range(estimator.draws)
+    size = run.copies if estimator.chunk is None else min(estimator.chunk, run.copies)
+    draws = range(estimator.draws(run.copies))
     if compiled.sequential:
         return [(copy,) for d in draws for copy in ((d, ~d) if estimator.antithetic else (d,))]
     if not estimator.antithetic:

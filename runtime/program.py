@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import traceback
 from typing import Any
 
@@ -10,17 +11,20 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..compiler.capture import as_call
 from ..compiler.probe import copy_of
 from ..compiler.program import CompiledModel
 from ..compiler.site_options import resolve_sigmas
-from ..passes.errors import BatchError, CheckpointError, ModeError, OutOfMemoryError
-from ..passes.graph import Role, describe, outputs, placeholders
-from ..passes.rules import uses_batch_statistics
+from ..passes.errors import BatchError, CheckpointError, OutOfMemoryError
+from ..passes.graph import Role, outputs, placeholders
+from ..passes.separate_outputs import error_like
 from . import noise as _noise  # noqa: F401  (registers the kernels)
 from . import packing as _packing  # noqa: F401
+from . import weight_noise as _weight_noise  # noqa: F401
+from .calibration import Calibration, calibrate
+from .checks import ModelCheck, check_batch, first_without_statistics_of_one
 from .executor import Environment, SerialExecutor, StepInput, StepResult
-from .feedback import FeedbackState, initial_state
+from .feedback import FeedbackState, initial_state, probe_interval
+from .linearity import measure
 from .loss import BatchLoss, Loss, SampleLoss
 from .memory import is_out_of_memory, suggest_chunk
 from .output_gradient import OutputGradient
@@ -40,6 +44,8 @@ class Program:
         step_count: steps taken; the next step's noise is keyed by it.
         forwards: perturbed forwards spent, in samples x copies; a suffix counts by its share of the FLOPs.
         clean_forwards: unperturbed forwards spent, in samples.
+        sigmas: standard deviation of every site's noise; with ``sigma="auto"`` measured every `CALIBRATE_EVERY` steps.
+        next_probe: with feedback, the step count from which on the next step has a perturbed run.
     """
 
     def __init__(self, model: nn.Module, compiled: CompiledModel, loss: Loss, seed: int) -> None:
@@ -51,24 +57,19 @@ class Program:
         self.clean_forwards = 0.0
         self.loss = BatchLoss(loss) if compiled.estimator.credit == "batch" else SampleLoss(loss)
         self.sigmas = resolve_sigmas(compiled.estimator.sigma, compiled.sites)
+        self.next_probe = 0
+        self.next_calibration = 0
         self.executor = SerialExecutor(compiled, self.sigmas)
-        everything = placeholders(compiled.captured.module)
-        self._parameters = {
-            n.meta["target"]: (n.meta["trainable"], n.meta["val"])
-            for n in everything
-            if n.meta["role"] == Role.PARAMETER
-        }
-        canonical = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._names = {name: canonical[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
         results = [node for output, node in outputs(compiled.graph) if output.kind == "output"]
         self._layouts = [node.meta.get("layout") if isinstance(node, fx.Node) else None for node in results]
-        self._buffers = [n.meta["target"] for n in everything if n.meta["role"] == Role.BUFFER]
-        self._needs_two = _first_without_statistics_of_one(compiled.graph)
+        self._buffers = [n.meta["target"] for n in placeholders(compiled.captured.module, Role.BUFFER)]
+        self._check_model = ModelCheck(model, compiled)
+        self._needs_two = first_without_statistics_of_one(compiled.graph)
         self.feedback: FeedbackState | None = None
         self._output_gradient: OutputGradient | None = None
         if compiled.estimator.feedback == "learned":
             assert isinstance(self.loss, SampleLoss)
-            self._output_gradient = OutputGradient(self.loss)
+            self._output_gradient = OutputGradient(self.loss, self.executor.returned)
             self.feedback = self._initial_feedback()
 
     @torch.inference_mode(False)  # ``.grad`` and buffers outlive the caller's inference mode
@@ -88,27 +89,45 @@ class Program:
             BatchError: the batch is empty or does not fit the example.
             ModeError: train/eval mode or trainable parameters are not those the program was compiled for.
             LossShapeError, NonFiniteLossError, OutOfMemoryError: see `passes.errors`. Whatever is raised, gradients,
-                buffers and weights are as before the step.
+                buffers, weights and `sigmas` are as before the step.
         """
-        leaves, samples = self._check_batch(inputs)
-        self._check_target(target, samples)
-        parameters, buffers = self._check_model()
-        device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
-        environment = self._environment(parameters, buffers, leaves, device)
+        given, parameters, buffers = self._bind(inputs, target)
+        environment, sigmas = given.environment, list(self.sigmas)
         try:
             with torch.no_grad():
-                given = StepInput(
-                    environment, self._loss(target, device), samples, target, self.feedback, self._output_gradient
-                )
+                calibrates = self.compiled.estimator.sigma == "auto" and self.step_count >= self.next_calibration
+                spent = self._measure_sigmas(given) if calibrates else 0.0
                 result = self.executor.run(given)
-        except Exception as error:
+        except BaseException as error:
+            self.sigmas[:] = sigmas
             if is_out_of_memory(error):
                 traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
                 environment.clear()
-                raise OutOfMemoryError(suggest_chunk(self.compiled, samples, device)) from error
+                raise OutOfMemoryError(suggest_chunk(self.compiled, given.samples, given.device)) from error
             raise
-        self._commit(result, samples, parameters, buffers)
+        self._commit(result, given, parameters, buffers)
+        if calibrates:
+            self.next_calibration = self.step_count - 1 + CALIBRATE_EVERY
+            self.forwards += spent * given.samples
         return result.losses.mean()
+
+    def calibrate(self, inputs: Any, target: Any, *, budget: float = 4.0) -> Calibration:
+        """Measure the program on a batch and choose settings from it; changes nothing (`runtime.calibration`).
+
+        Args:
+            inputs, target: a batch, as for `step`; the larger, the surer.
+            budget: perturbed forwards a sample and step that the settings may spend on average.
+
+        Returns:
+            Settings to print, save, edit and give to `onward.compile` as its estimator.
+
+        Raises:
+            CalibrationError: the budget is too small for one pair at every site.
+            Whatever `step` raises.
+        """
+        given, _, _ = self._bind(inputs, target)
+        with torch.no_grad():
+            return calibrate(self.executor, given, budget)
 
     def per_sample_loss(self, output: Any, target: Any) -> Tensor:
         """The loss of an output of the model, ``(N,)``; ``()`` with ``credit="batch"``."""
@@ -119,17 +138,21 @@ class Program:
     def trust(self) -> dict[str, float]:
         """How far each trainable parameter's predicted gradient is borne out by fresh copies, in [0, 1] (method.md 12).
 
-        1 for all without feedback. Scale a parameter's *learning rate* with it (scaling its gradient does nothing under
+        Of a parameter that is read at several sites (a weight shared over time) it is that of the sites together. 1 for
+        all without feedback. Scale a parameter's *learning rate* with it (scaling its gradient does nothing under
         Adam): `Trainer` does; with your own loop, interpolate ``weight = before + trust * (after - before)`` around
         ``optimizer.step()``.
         """
-        trusted = {name: 1.0 for name, (trainable, _) in self._parameters.items() if trainable}
+        trusted = {name: 1.0 for name, (trainable, _) in self._check_model.parameters.items() if trainable}
         if self.feedback is not None and self.compiled.estimator.trust:
             at = {site.output: site.index for site in self.compiled.sites}
+            read: dict[str, list[int]] = {}  # by parameter, the least trusted noise point of each of its sites
             for gradient in self.compiled.gradients:
-                trust = min(self.feedback.trust(at[end]) if end in at else 1.0 for end in gradient.site.ends)
+                points = [at[end] for end in gradient.site.ends if end in at]
                 for name in gradient.site.parameters:
-                    trusted[name] = min(trusted[name], trust)
+                    read.setdefault(name, []).extend(sorted(points, key=self.feedback.trust)[:1])
+            for name, points in read.items():
+                trusted[name] = self.feedback.trust(*points)
         return trusted
 
     def state_dict(self) -> dict[str, Tensor | int | float | str]:
@@ -141,7 +164,11 @@ class Program:
             "forwards": self.forwards,
             "clean_forwards": self.clean_forwards,
         }
+        if self.compiled.estimator.sigma == "auto":
+            state["sigmas"] = torch.tensor(self.sigmas, dtype=torch.float64)
+            state["next_calibration"] = self.next_calibration
         if self.feedback is not None:
+            state["next_probe"] = self.next_probe
             state.update(self.feedback.state_dict())
         return state
 
@@ -157,14 +184,19 @@ class Program:
             self.step_count = int(state["step_count"])
             self.forwards = float(state["forwards"])
             self.clean_forwards = float(state["clean_forwards"])
+            if self.compiled.estimator.sigma == "auto":
+                self.sigmas[:] = state["sigmas"].tolist()
+                self.next_calibration = int(state["next_calibration"])
             if self.feedback is not None:
+                self.next_probe = int(state["next_probe"])
                 self.feedback = self.feedback.loaded(state)
         except KeyError as error:
             raise CheckpointError(f"the program's state lacks {error}") from error
 
     def _check_estimator(self, saved: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.compiled.estimator.to_json()))
-        differing = [f"{k}={saved.get(k)!r}, now {v!r}" for k, v in mine.items() if saved.get(k) != v and k != "chunk"]
+        fixed = {key: value for key, value in mine.items() if key not in _FREE}
+        differing = [f"{k}={saved.get(k)!r}, now {v!r}" for k, v in fixed.items() if saved.get(k) != v]
         if differing:
             raise CheckpointError(
                 f"the saved run used another estimator: {'; '.join(differing)}. Resume with the same settings, or "
@@ -172,39 +204,10 @@ class Program:
             )
 
     def _initial_feedback(self) -> FeedbackState:
-        node = next(node for output, node in outputs(self.compiled.graph) if output.kind == "output")
-        val, layout = node.meta["val"], node.meta["layout"]
+        val = error_like(self.compiled.graph.graph)
         sites = [self.compiled.sites[index] for run in self.compiled.runs for index in run.sites]
-        return initial_state(sites, layout.elements, torch.empty(0, dtype=val.dtype, device=val.device))
-
-    def _check_batch(self, inputs: Any) -> tuple[list[Any], int]:
-        expected = self.compiled.captured.signature
-        args, kwargs = as_call(inputs)
-        names = expected.spec.child(1).context
-        if kwargs.keys() == set(names):
-            kwargs = {name: kwargs[name] for name in names}
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if spec != expected.spec:
-            raise BatchError(
-                f"the inputs have another structure than the example: expected {_structure(expected.spec)}, got "
-                f"{_structure(spec)}. Pass a tensor, a tuple of positional arguments or a dict of keyword arguments, "
-                "as in the example."
-            )
-        samples: int | None = None
-        for position, (leaf, described) in enumerate(zip(leaves, expected.leaves, strict=True)):
-            if not isinstance(described, tuple):
-                if isinstance(leaf, Tensor) or leaf != described:
-                    raise BatchError(f"input {position} is {leaf!r}; the program was compiled for {described!r}.")
-                continue
-            samples = _check_leaf(position, leaf, described, samples)
-        if not samples:
-            raise BatchError("the batch is empty: a step needs at least one sample.")
-        if samples == 1 and self._needs_two:
-            raise BatchError(
-                f"the batch has one sample, and {self._needs_two} normalises by statistics that need more than one "
-                "value a channel. If it is the last of an epoch, use drop_last=True in the DataLoader."
-            )
-        return leaves, samples
+        like = torch.empty(0, dtype=val.dtype, device=val.device)
+        return initial_state(sites, int(val.shape[1]), like, self.compiled.rank)
 
     def _check_target(self, target: Any, samples: int) -> None:
         for leaf in target_leaves(target, samples):
@@ -216,54 +219,38 @@ class Program:
     def _per_sample(self) -> bool:
         return self.compiled.estimator.credit == "sample"
 
-    def _check_model(self) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-        """The model's parameters and buffers under all their names, from one walk over its modules."""
-        modules = dict(self.model.named_modules(remove_duplicate=False))
-        for name, training in self.compiled.captured.training.items():
-            if name not in modules:
-                raise ModeError(f"the module {name!r} was removed after the program was compiled. Compile again.")
-            if modules[name].training != training:
-                mode, wanted = ("eval", "train") if training else ("train", "eval")
-                raise ModeError(
-                    f"module {name or type(self.model).__name__!r} is in {mode} mode; the program was compiled in "
-                    f"{wanted} mode, which its graph holds. Call .{wanted}() on it before step, or compile again."
-                )
-        found: dict[str, nn.Parameter] = {}
-        buffers: dict[str, Tensor] = {}
-        for path, module in modules.items():
-            prefix = f"{path}." if path else ""
-            found.update((prefix + name, p) for name, p in module._parameters.items() if p is not None)
-            buffers.update((prefix + name, b) for name, b in module._buffers.items() if b is not None)
-        for name, canonical in self._names.items():
-            if (change := self._change(found, name, canonical)) is not None:
-                raise ModeError(f"the parameter {name!r} {change} after the program was compiled. Compile again.")
-        if len(found) > len(self._names):
-            (name, *_) = found.keys() - self._names.keys()
-            raise ModeError(f"the parameter {name!r} was added after the program was compiled. Compile again.")
-        return found, buffers
+    def _bind(self, inputs: Any, target: Any) -> tuple[StepInput, dict[str, nn.Parameter], dict[str, Tensor]]:
+        """What the next step is a function of, checked; and the model's parameters and buffers by name."""
+        leaves, samples = check_batch(inputs, self.compiled.captured.signature, self._needs_two)
+        self._check_target(target, samples)
+        parameters, buffers = self._check_model()
+        device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
+        given = StepInput(
+            self._environment(parameters, buffers, leaves, device),
+            self._loss(target, device),
+            samples,
+            device,
+            target,
+            self.feedback,
+            self._output_gradient,
+            self._warms_up() or self.step_count >= self.next_probe,
+        )
+        return given, parameters, buffers
 
-    def _change(self, found: dict[str, nn.Parameter], name: str, canonical: str) -> str | None:
-        """What happened to a parameter since the program was compiled."""
-        if name not in found or canonical not in found:
-            return "was removed"
-        parameter = found[name]
-        if parameter is not found[canonical]:
-            return f"was separated from {canonical!r}, to which it was tied,"
-        if canonical not in self._parameters:
-            return None
-        trainable, val = self._parameters[canonical]
-        if parameter.requires_grad != trainable:
-            return "was frozen" if trainable else "was made trainable"
-        if (parameter.shape, parameter.dtype, parameter.device) != (val.shape, val.dtype, val.device):
-            was, now = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (val, parameter))
-            return f"was changed from {was} to {now}"
-        return None
+    def _measure_sigmas(self, given: StepInput) -> float:
+        """Take σ from the batch at hand; returns the perturbed forwards a sample that it took."""
+        found, spent = measure(self.executor, given)
+        for index, measured in found.items():
+            if math.isfinite(measured.sigma):  # else the step itself will say what is not finite
+                self.sigmas[index] = measured.sigma
+        given.environment["runtime:sigmas"].copy_(torch.tensor(self.sigmas, dtype=torch.float64))
+        return spent
 
     def _environment(
         self, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor], leaves: list[Any], device: torch.device
     ) -> Environment:
         environment: Environment = {}
-        for name in self._parameters:
+        for name in self._check_model.parameters:
             environment[f"parameter:{name}"] = parameters[name].detach()
         for name in self._buffers:
             environment[f"buffer:{name}"] = buffers[name]
@@ -297,13 +284,17 @@ class Program:
 
         return per_sample if self._per_sample else batch
 
-    def _commit(
-        self, result: StepResult, samples: int, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]
-    ) -> None:
-        estimator = self.compiled.estimator
-        # without a noise point (a reach beyond the last) there is nothing to learn first
+    def _warms_up(self) -> bool:
+        """Whether feedback is still learned before the weights move; without a noise point (a reach beyond the last)
+        there is nothing to learn."""
         learns = self.feedback is not None and bool(self.feedback.jacobians)
-        warming_up = learns and self.feedback.steps < estimator.warmup  # type: ignore[union-attr]
+        return learns and self.feedback.steps < self.compiled.estimator.warmup  # type: ignore[union-attr]
+
+    def _commit(
+        self, result: StepResult, given: StepInput, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]
+    ) -> None:
+        """Write the result of a step."""
+        warming_up = self._warms_up()
         with torch.no_grad():
             for name, gradient in result.gradients.items():
                 parameter = parameters[name]
@@ -313,55 +304,18 @@ class Program:
                     parameter.grad.add_(gradient)
             for name, value in result.buffers.items():
                 buffers[name].copy_(value)
-        self.feedback = result.feedback
+        self.clean_forwards += given.samples
+        if given.perturbed:
+            probed = self.executor.num_probed(given.samples)
+            self.forwards += probed * sum(run.copies * run.share for run in self.compiled.runs)
+            self.feedback = result.feedback
+            if self.feedback is not None:
+                self.next_probe = self.step_count + probe_interval(self.compiled.estimator.probe_every, self.feedback)
         self.step_count += 1
-        self.clean_forwards += samples
-        probed = self.executor.num_probed(samples)
-        self.forwards += probed * estimator.copies * sum(run.share for run in self.compiled.runs)
 
 
-def _first_without_statistics_of_one(module: fx.GraphModule) -> str:
-    """The first batch normalisation that sees one value a sample and channel, or ``""``: of one sample its variance is
-    zero and the unbiased one, which goes into the running statistics, not a number."""
-    for node in module.graph.nodes:
-        if node.op == "call_function" and uses_batch_statistics(node):
-            source = node.args[0]
-            layout, val = source.meta.get("layout"), source.meta["val"]
-            if layout is not None and layout.batched and layout.elements == val.shape[1]:
-                return describe(node)
-    return ""
+CALIBRATE_EVERY = 500
+"""Steps from one measurement of σ to the next, with ``sigma="auto"``."""
 
-
-class _Leaf:
-    def __repr__(self) -> str:
-        return "*"
-
-
-def _structure(spec: pytree.TreeSpec) -> str:
-    """Arguments of forward with ``*`` for every leaf."""
-    args, kwargs = pytree.tree_unflatten([_Leaf()] * spec.num_leaves, spec)
-    return repr(kwargs or args)
-
-
-def _check_leaf(position: int, leaf: Any, described: tuple[Any, ...], samples: int | None) -> int | None:
-    shape, dtype, device, batched = described
-    if not isinstance(leaf, Tensor):
-        raise BatchError(f"input {position} is {type(leaf).__name__}; the example has a tensor there.")
-    if leaf.dtype != dtype:
-        raise BatchError(
-            f"input {position} has dtype {leaf.dtype}; the example has {dtype}. Convert it with .to({dtype})."
-        )
-    if leaf.device != device:
-        raise BatchError(f"input {position} is on {leaf.device}; the program was compiled on {device}.")
-    free = 1 if batched else 0
-    if leaf.dim() != len(shape) or tuple(leaf.shape[free:]) != tuple(shape[free:]):
-        wanted = ("N", *shape[1:]) if batched else shape
-        raise BatchError(
-            f"input {position} has shape {tuple(leaf.shape)}; the program was compiled for "
-            f"({', '.join(map(str, wanted))})."
-        )
-    if not batched:
-        return samples
-    if samples is not None and leaf.shape[0] != samples:
-        raise BatchError(f"input {position} holds {leaf.shape[0]} samples, the inputs before it {samples}.")
-    return int(leaf.shape[0])
+_FREE = ("chunk", "feedback_memory")
+"""Settings of the estimator that a run may be resumed with others of."""

@@ -125,7 +125,7 @@ def test_step_runs(tmp_path: Path) -> None:
 def test_accuracy_runs(tmp_path: Path) -> None:
     written = tmp_path / "accuracy.json"
     printed = run(
-        "accuracy.py", "--models", "mlp", "--rows", "bp", "learned", "--seeds", "0", "1", "--epochs", "1",
+        "accuracy.py", "--cases", "mlp", "--rows", "bp", "auto", "--seeds", "0", "1", "--epochs", "1",
         "--threads", "1", "--json", str(written),
     )  # fmt: skip
     assert "a backward" in printed

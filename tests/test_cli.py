@@ -19,16 +19,18 @@ from typer.testing import CliRunner
 
 import onward
 from onward.cli import app
-from onward.cli.common import check_writable, make_estimator, parse_groups, parse_options, parse_sigma, write_whole
+from onward.cli.common import make_estimator, parse_blocks, parse_groups, parse_options, parse_sigma
 from onward.cli.options import Common
-from onward.cli.recipes import RECIPES, recipe_for
+from onward.cli.recipes import RECIPES
+from onward.compiler.files import check_writable, write_whole
 from onward.compiler.save import read_manifest
 from onward.passes.errors import OptionError, OutputError
 
 COMMON = {
     "--model-option", "--data", "--alr", "--noise", "--score", "--capture", "--groups", "--copies", "--sigma",
-    "--antithetic", "--no-antithetic", "--chunk", "--credit", "--placement", "--feedback", "--correction", "--reach",
-    "--probe", "--warmup", "--trust", "--no-trust", "--seed", "--device", "--threads", "--debug",
+    "--antithetic", "--no-antithetic", "--chunk", "--credit", "--placement", "--noise-on", "--feedback", "--correction",
+    "--reach", "--segments", "--probe", "--probe-every", "--blocks", "--rank", "--feedback-memory", "--calibration",
+    "--warmup", "--trust", "--no-trust", "--seed", "--device", "--threads", "--debug",
 }  # fmt: skip
 TRAIN = {
     "--model", "--epochs", "--batch-size", "--lr", "--optimizer", "--compare-bp", "--directory", "--resume",
@@ -37,11 +39,14 @@ TRAIN = {
 OPTIONS = {
     "train": TRAIN | COMMON,
     "compile": {"--output", "-o", "--force"} | COMMON,
-    "inspect": {"--pass", "--format", "-f", "--output", "-o", "--rules"} | COMMON,
+    "inspect": {"--pass", "--format", "-f", "--output", "-o", "--rules", "--calibrate", "--budget"} | COMMON,
     "models": set(),
     "data": set(),
 }
-TINY = ("--model", "mlp", "--model-option", "hidden=(16,)", "--copies", "8", "--batch-size", "64", "--epochs", "1")
+TINY = (
+    "--model", "mlp", "--model-option", "hidden=(16,)", "--copies", "8", "--reach", "0", "--batch-size", "64",
+    "--epochs", "1",
+)  # fmt: skip
 FACTORIES = '''
 """Models of a user."""
 
@@ -139,19 +144,25 @@ def test_lists_and_version():
 
 
 def test_estimator_from_options():
-    recipe = recipe_for("mlp")
-    assert make_estimator(Common(), recipe) == onward.LikelihoodRatio(**recipe.estimator)
+    assert make_estimator(Common()) == onward.LikelihoodRatio.auto()
     given = Common(
         noise="laplace", score="sign", capture="stochastic", copies=4, sigma=["0.2"], antithetic=False, chunk=3
     )
     expected = onward.LikelihoodRatio(
         noise="laplace", score="sign", capture="stochastic", copies=4, sigma=0.2, antithetic=False, chunk=3
     )
-    assert make_estimator(given, recipe) == expected
-    assert make_estimator(Common(alr=True), recipe) == onward.LikelihoodRatio.alr()
-    assert make_estimator(Common(alr=True, copies=10), recipe) == onward.LikelihoodRatio.alr(copies=10)
-    partition = make_estimator(Common(groups="stem,block.*; head"), recipe)
+    assert make_estimator(given) == expected
+    assert make_estimator(Common(alr=True)) == onward.LikelihoodRatio.alr()
+    assert make_estimator(Common(alr=True, copies=10)) == onward.LikelihoodRatio.alr(copies=10)
+    smaller = make_estimator(Common(blocks=["stem=4", "2"], rank=3, feedback_memory=7))
+    assert (smaller.blocks, smaller.rank, smaller.feedback_memory) == ({"stem": 4, "*": 2}, 3, 7)
+    partition = make_estimator(Common(groups="stem,block.*; head"))
     assert partition.groups == [["stem", "block.*"], ["head"]]
+    full = make_estimator(Common(correction="full"))
+    assert (full.correction, full.probe_every) == ("full", 1)
+    words = make_estimator(Common(reach="auto", segments="blocks.*,head", probe_every="3", sigma=["auto"]))
+    assert (words.reach, words.segments, words.probe_every, words.sigma) == ("auto", ["blocks.*", "head"], 3, "auto")
+    assert make_estimator(Common(segments="4", reach="2")).segments == 4
 
 
 def test_parsing():
@@ -161,6 +172,10 @@ def test_parsing():
     assert parse_sigma(["a.*=0.5", "0.1"]) == {"a.*": 0.5, "*": 0.1}
     with pytest.raises(OptionError, match="PATTERN=NUMBER"):
         parse_sigma(["a=b"])
+    assert parse_blocks(["2"]) == 2
+    assert parse_blocks(["stem=4", "2"]) == {"stem": 4, "*": 2}
+    with pytest.raises(OptionError, match=r"--blocks '1\.5': expected a whole number"):
+        parse_blocks(["1.5"])
     options = parse_options(["hidden=(128, 64)", "norm=batch", "bias=false", "x=none", "width=3", "path=a=b"])
     assert options == {"hidden": (128, 64), "norm": "batch", "bias": False, "x": None, "width": 3, "path": "a=b"}
     for wrong in ("width", "=3", "a b=3"):

@@ -88,7 +88,7 @@ def raised(kind: type[OnwardError], call: Callable[[], Any]) -> str:
         ({"sigma": -0.1}, OptionError, "sigma=-0.1: the noise needs"),
         ({"sigma": float("nan")}, OptionError, "sigma=nan: the noise needs"),
         ({"sigma": float("inf")}, OptionError, "sigma=inf: the noise needs"),
-        ({"sigma": "0.1"}, OptionError, "sigma='0.1': the noise needs"),
+        ({"sigma": "0.1"}, UnknownNameError, "unknown sigma '0.1'. Known: auto."),
         ({"sigma": {"*": -1.0}}, OptionError, "sigma=-1.0: the noise needs"),
     ],
 )
@@ -134,7 +134,10 @@ def test_patterns_of_sites(settings: dict[str, Any], kind: type[OnwardError], me
     [
         ({"model": torch.sin}, "model is builtin_function_or_method; it has to be a torch.nn.Module."),
         ({"loss": "cross_entropy"}, "loss is str; it has to be callable as loss(output, target)."),
-        ({"estimator": "alr"}, "estimator is str; it has to be an onward.LikelihoodRatio."),
+        (
+            {"estimator": 3},
+            'estimator is int; it has to be an onward.LikelihoodRatio, an onward.Calibration or "auto".',
+        ),
         ({"seed": 1.5}, "seed=1.5: it has to be an integer of 64 bits."),
         ({"seed": 2**63}, f"seed={2**63}: it has to be an integer of 64 bits."),
     ],

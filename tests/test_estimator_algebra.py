@@ -159,7 +159,7 @@ def estimate(case: OperationCase, model: nn.Module, x: Tensor, target: Tensor, e
     clean = Hand(names, (), 0, estimator)
     baseline = loss(forward(case, parameters, x, clean), target)
     groups = [tuple(names)] if estimator.groups == "joint" else [(name,) for name in names]
-    draws = range(estimator.draws)
+    draws = range(estimator.draws(estimator.copies))
     identities = [d for draw in draws for d in ((draw, ~draw) if estimator.antithetic else (draw,))]
     total = {name: np.zeros(tuple(value.shape)) for name, value in parameters.items()}
     for group in groups:

@@ -64,7 +64,7 @@ class Point(nn.Module):
 
 @functools.cache
 def compiled_point(samples: int, coordinates: int, noise: str, score: str) -> CompiledModel:
-    """The graphs hold neither the loss nor the number of copies."""
+    """The graphs hold neither the loss nor the number of copies, which stands beside each run."""
     estimator = LikelihoodRatio(noise=noise, score=score)
     return compile_model(Point(samples, [0.0] * coordinates), (torch.arange(3),), estimator)
 
@@ -76,7 +76,9 @@ def estimates(
     model = Point(samples, z)
     index = torch.arange(samples)
     estimator = LikelihoodRatio(**{"sigma": SIGMA, "noise": noise, **settings})
-    compiled = replace(compiled_point(samples, len(z), noise, estimator.score), estimator=estimator)
+    compiled = compiled_point(samples, len(z), noise, estimator.score)
+    runs = tuple(replace(run, copies=int(estimator.copies)) for run in compiled.runs)  # type: ignore[arg-type]
+    compiled = replace(compiled, estimator=estimator, runs=runs)
     Program(model, compiled, lambda z, _: loss(z), seed).step(index, index)
     assert model.rows.weight.grad is not None
     return model.rows.weight.grad.numpy() * samples

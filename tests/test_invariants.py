@@ -361,7 +361,7 @@ def defined_gradients(program, inputs, target):
     parameters = {site: program.model.get_parameter(site) for each in compiled.sites for site in each.parameters}
     environment |= {f"parameter:{name}": parameter for name, parameter in parameters.items()}
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    draws = range(estimator.draws)
+    draws = range(estimator.draws(estimator.copies))
     for run in compiled.runs:
         environment["runtime:sigmas"] = torch.tensor([SIGMA * (site.index in run.sites) for site in compiled.sites])
         for copy_id in [*draws, *(~d for d in draws)] if estimator.antithetic else draws:

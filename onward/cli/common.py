@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import json
 import os
 import sys
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ..compiler.estimator import LikelihoodRatio
+from ..compiler.driver import compile_model
+from ..compiler.estimator import SEGMENTS, LikelihoodRatio
+from ..compiler.program import CompiledModel
 from ..models import Dataset, build_for, load
-from ..passes.errors import OptionError, OutputError
+from ..passes.errors import OptionError
+from ..runtime.calibration import Calibration
 from .options import Common
-from .recipes import Recipe, recipe_for
+from .recipes import AUTO, PLAIN, Recipe, recipe_for
 
 DEVICES = ("cpu", "cuda")
+Value = TypeVar("Value", int, float, str)
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,14 @@ class Setup:
     dataset: Dataset
     model: nn.Module
     example: Tensor
-    estimator: LikelihoodRatio
+    estimator: LikelihoodRatio | Calibration
     recipe: Recipe
 
 
 def set_up(model: str, common: Common, batch_size: int | None = None) -> Setup:
     """Data, model and estimator as the options say; `batch_size` is that of the example."""
     recipe = recipe_for(model)
-    estimator = make_estimator(common, recipe)  # first: it is quick, and most mistakes are there
+    estimator = make_estimator(common)  # first: it is quick, and most mistakes are there
     device = find_device(common.device)
     if common.threads is not None:
         if common.threads < 1:
@@ -56,8 +58,8 @@ def set_up(model: str, common: Common, batch_size: int | None = None) -> Setup:
     return Setup(dataset, built, example, estimator, recipe)
 
 
-def make_estimator(common: Common, recipe: Recipe) -> LikelihoodRatio:
-    """The estimator: what is given, else the paper's setting (``--alr``), else the recipe's.
+def make_estimator(common: Common) -> LikelihoodRatio | Calibration:
+    """The estimator: a calibration (``--calibration``), or what is given, else ``--alr``, else ``auto``.
 
     Options that learned feedback cannot have (``--groups layerwise``, ``--capture sign``, …) choose the plain
     estimator.
@@ -69,27 +71,52 @@ def make_estimator(common: Common, recipe: Recipe) -> LikelihoodRatio:
         "groups": None if common.groups is None else parse_groups(common.groups),
         "copies": common.copies,
         "sigma": None if not common.sigma else parse_sigma(common.sigma),
+        "blocks": None if not common.blocks else parse_blocks(common.blocks),
         "antithetic": common.antithetic,
         "chunk": common.chunk,
         "credit": common.credit,
         "placement": common.placement,
+        "noise_on": None if not common.noise_on else _by_site("--noise-on", common.noise_on, str, "a name"),
         "feedback": common.feedback,
         "correction": common.correction,
-        "reach": common.reach,
+        "reach": None if common.reach is None else parse_number(common.reach),
+        "segments": None if common.segments is None else parse_segments(common.segments),
         "probe": common.probe,
+        "probe_every": None if common.probe_every is None else parse_number(common.probe_every),
         "warmup": common.warmup,
         "trust": common.trust,
+        "rank": common.rank,
+        "feedback_memory": common.feedback_memory,
     }
     settings = {key: value for key, value in given.items() if value is not None}
+    if common.calibration is not None:
+        if settings or common.alr:
+            more = ", ".join(["--alr"] * common.alr + [f"--{name.replace('_', '-')}" for name in settings])
+            raise OptionError(f"--calibration holds the estimator's settings; edit the file in place of {more}.")
+        return Calibration.load(common.calibration)
     if common.alr:
         return LikelihoodRatio.alr(**settings)
-    return LikelihoodRatio(**{**(recipe.plain if _without_feedback(settings) else recipe.estimator), **settings})
+    if settings.get("correction", "none") != "none":
+        settings.setdefault("probe_every", 1)  # it needs copies every step
+    return LikelihoodRatio(**{**(PLAIN if _without_feedback(settings) else AUTO), **settings})
+
+
+def settings_of(estimator: LikelihoodRatio | Calibration) -> LikelihoodRatio:
+    """The settings themselves."""
+    return estimator.estimator if isinstance(estimator, Calibration) else estimator
+
+
+def compile_setup(setup: Setup) -> CompiledModel:
+    """The model compiled as the options say."""
+    if isinstance(setup.estimator, Calibration):
+        return setup.estimator.compile(setup.model, setup.example)
+    return compile_model(setup.model, setup.example, setup.estimator)
 
 
 def _without_feedback(settings: dict[str, Any]) -> bool:
     """Whether options ask for what learned feedback does not have, and none of them for feedback itself."""
     needs = {"feedback": "learned", "placement": "alive", "groups": "joint", "capture": "exact", "score": "exact",
-             "credit": "sample", "antithetic": True}  # fmt: skip
+             "credit": "sample", "antithetic": True, "noise_on": "output"}  # fmt: skip
     differs = any(name in settings and settings[name] != needed for name, needed in needs.items())
     return differs and settings.get("feedback") != "learned"
 
@@ -101,16 +128,43 @@ def parse_groups(text: str) -> str | list[list[str]]:
     return [[name.strip() for name in group.split(",") if name.strip()] for group in text.split(";") if group.strip()]
 
 
-def parse_sigma(values: list[str]) -> float | dict[str, float]:
-    """One number, or a number for each pattern of site names."""
-    sigmas: dict[str, float] = {}
+def parse_segments(text: str) -> str | int | list[str]:
+    """``op``, ``auto``, a number of segments, or module names: ``blocks.*,head``."""
+    if text.isdigit():
+        return int(text)
+    return text if text in SEGMENTS else [name.strip() for name in text.split(",")]
+
+
+def parse_number(text: str) -> int | str:
+    """A whole number, or a word for the estimator to know."""
+    return int(text) if text.isdigit() else text
+
+
+def parse_sigma(values: list[str]) -> float | str | dict[str, float]:
+    """``auto``, one number, or a number for each pattern of site names."""
+    if values == ["auto"]:
+        return "auto"
+    return _by_site("--sigma", values, float, "a number")
+
+
+def parse_blocks(values: list[str]) -> int | str | dict[str, int]:
+    """``auto``, one number, or a number for each pattern of site names."""
+    if values == ["auto"]:
+        return "auto"
+    return _by_site("--blocks", values, int, "a whole number")
+
+
+def _by_site(
+    option: str, values: list[str], convert: Callable[[str], Value], expected: str
+) -> Value | dict[str, Value]:
+    numbers: dict[str, Value] = {}
     for value in values:
         pattern, equals, number = value.rpartition("=")
         try:
-            sigmas[pattern if equals else "*"] = float(number)
+            numbers[pattern if equals else "*"] = convert(number)
         except ValueError:
-            raise OptionError(f"--sigma {value!r}: expected a number, or PATTERN=NUMBER.") from None
-    return sigmas["*"] if list(sigmas) == ["*"] else sigmas
+            raise OptionError(f"{option} {value!r}: expected {expected}, or PATTERN=NUMBER.") from None
+    return numbers["*"] if list(numbers) == ["*"] else numbers
 
 
 def parse_options(pairs: list[str]) -> dict[str, object]:
@@ -147,46 +201,6 @@ def on_device(dataset: Dataset, device: torch.device) -> Dataset:
         return dataset
     train, test = (TensorDataset(*(t.to(device) for t in split.tensors)) for split in (dataset.train, dataset.test))
     return replace(dataset, train=train, test=test)
-
-
-def check_writable(path: Path) -> None:
-    """Raise `OutputError` if `write_whole` could not write `path`: before the work, not after it."""
-    _replace(path, None)
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Write `path` in one rename, its folder made if missing.
-
-    Raises:
-        OutputError: it cannot be written. What was there stays.
-    """
-    _replace(path, content)
-
-
-def _replace(path: Path, content: str | None) -> None:
-    target = Path(os.path.abspath(path))
-    if target.is_dir():
-        raise OutputError(f"cannot write {path}: it is a folder.")
-    temporary: str | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".tmp-{target.name}-", dir=target.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(content or "")
-            file.flush()
-            os.fsync(file.fileno())
-        if content is not None:
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
-            os.replace(temporary, target)
-            temporary = None
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error}") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
 
 
 def to_json(value: Any) -> str:

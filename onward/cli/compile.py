@@ -8,11 +8,10 @@ from typing import Annotated
 from rich.console import Console
 from typer import Argument, Option
 
-from ..compiler.driver import compile_model
 from ..compiler.save import check_folder, save_program
 from ..runtime.plan import format_plan, make_plan
 from ..runtime.versions import versions
-from .common import set_up
+from .common import compile_setup, set_up
 from .options import MODEL_HELP, Common, with_common
 
 
@@ -37,7 +36,7 @@ def compile_(
     """
     check_folder(output, replace=force)
     setup = set_up(model, common)
-    compiled = compile_model(setup.model, setup.example, setup.estimator)
+    compiled = compile_setup(setup)
     manifest = save_program(
         compiled,
         output,

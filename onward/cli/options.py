@@ -7,6 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -41,6 +42,14 @@ class Common:
             rich_help_panel=_ESTIMATOR,
         ),
     ] = False
+    calibration: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            help="The estimator that `onward inspect MODEL --calibrate -o FILE` chose; in place of the options below.",
+            rich_help_panel=_ESTIMATOR,
+        ),
+    ] = None
     noise: Annotated[
         str | None,
         Option(
@@ -71,14 +80,14 @@ class Common:
         Option(
             metavar="GROUPS",
             help="layerwise (one site a run), joint (all at once), or a partition: 'stem,block.*;head'. "
-            "[dim]\\[default: of the model][/dim]",
+            "[dim]\\[default: joint][/dim]",
             rich_help_panel=_ESTIMATOR,
         ),
     ] = None
     copies: Annotated[
         int | None,
         Option(
-            help="Perturbed copies of the batch a group and step. [dim]\\[default: of the model][/dim]",
+            help="Perturbed copies of the batch a group and step. [dim]\\[default: 4][/dim]",
             rich_help_panel=_ESTIMATOR,
         ),
     ] = None
@@ -86,8 +95,19 @@ class Common:
         list[str] | None,
         Option(
             metavar="NUMBER",
-            help="Standard deviation of the noise; or for some sites only, repeated: 'block.*=0.05', '*=0.1'. "
-            "[dim]\\[default: of the model][/dim]",
+            help="Standard deviation of the noise; auto: measured; or for some sites only, repeated: 'block.*=0.05', "
+            "'*=0.1'. [dim]\\[default: auto][/dim]",
+            rich_help_panel=_ESTIMATOR,
+        ),
+    ] = None
+    blocks: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NUMBER",
+            help="Positions along each axis that share a number of noise: 2 is 2 x 2 pixels, or 2 tokens (biased: the "
+            "block's mean gradient); auto: a quarter of an image's largest map, at least 4; or for some sites only, "
+            "repeated: 'stem=4'. Needs --placement alive. "
+            "[dim]\\[default: auto][/dim]",
             rich_help_panel=_ESTIMATOR,
         ),
     ] = None
@@ -120,7 +140,17 @@ class Common:
         Option(
             metavar="NAME",
             help="operation: noise on every coordinate of every site; alive: not where the next operation blocks it, "
-            "and one noise for sites that meet in a sum. [dim]\\[default: of the model][/dim]",
+            "and one noise for sites that meet in a sum. [dim]\\[default: alive][/dim]",
+            rich_help_panel=_ESTIMATOR,
+        ),
+    ] = None
+    noise_on: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NAME",
+            help="output, weight (one draw for all samples), sample (a draw each), rank-one, or auto: sample for "
+            "convolutions of large maps; or for some sites only, repeated: 'stem=sample'. "
+            "[dim]\\[default: output][/dim]",
             rich_help_panel=_ESTIMATOR,
         ),
     ] = None
@@ -129,7 +159,7 @@ class Common:
         Option(
             metavar="NAME",
             help="none, or learned: predict each gradient from the clean run by a mean Jacobian that the perturbed "
-            "runs teach; needs --placement alive --groups joint. [dim]\\[default: of the model][/dim]",
+            "runs teach; needs --placement alive --groups joint. [dim]\\[default: learned][/dim]",
             rich_help_panel=_FEEDBACK,
         ),
     ] = None
@@ -137,16 +167,27 @@ class Common:
         str | None,
         Option(
             metavar="NAME",
-            help="With feedback, none (biased) or full (unbiased, noisier). [dim]\\[default: none][/dim]",
+            help="With feedback, none (biased), full (unbiased, noisier) or shrunk (between them, biased). "
+            "[dim]\\[default: none][/dim]",
             rich_help_panel=_FEEDBACK,
         ),
     ] = None
     reach: Annotated[
-        int | None,
+        str | None,
         Option(
             metavar="HOPS",
             help="With feedback, how many noise points on a gradient is predicted, and pulled back from by local "
-            "backpropagation; 0 has none. [dim]\\[default: of the model][/dim]",
+            "backpropagation; 0 has none; auto: 1, or 2 around attention. [dim]\\[default: auto][/dim]",
+            rich_help_panel=_FEEDBACK,
+        ),
+    ] = None
+    segments: Annotated[
+        str | None,
+        Option(
+            metavar="SEGMENTS",
+            help="With feedback, what one gradient subgraph covers: op (one operation), a number of stretches, auto "
+            "(cut behind every residual block), or module names: 'blocks.*,head'. Inside, local backpropagation. "
+            "[dim]\\[default: auto][/dim]",
             rich_help_panel=_FEEDBACK,
         ),
     ] = None
@@ -157,11 +198,37 @@ class Common:
             rich_help_panel=_FEEDBACK,
         ),
     ] = None
+    probe_every: Annotated[
+        str | None,
+        Option(
+            metavar="STEPS",
+            help="With feedback, steps from one perturbed run to the next, or auto: rare once it explains much. "
+            "[dim]\\[default: auto][/dim]",
+            rich_help_panel=_FEEDBACK,
+        ),
+    ] = None
     warmup: Annotated[
         int | None,
         Option(
             metavar="STEPS",
             help="With feedback, first steps that only learn it. [dim]\\[default: 20][/dim]",
+            rich_help_panel=_FEEDBACK,
+        ),
+    ] = None
+    rank: Annotated[
+        int | None,
+        Option(
+            metavar="NUMBER",
+            help="With feedback, directions of the outputs along which it is learned, where the errors are largest "
+            "(biased). [dim]\\[default: all outputs, or as many as fit][/dim]",
+            rich_help_panel=_FEEDBACK,
+        ),
+    ] = None
+    feedback_memory: Annotated[
+        int | None,
+        Option(
+            metavar="MIB",
+            help="With feedback, MiB that it may take. [dim]\\[default: 512][/dim]",
             rich_help_panel=_FEEDBACK,
         ),
     ] = None

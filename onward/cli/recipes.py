@@ -1,18 +1,18 @@
-"""Defaults of ``onward train`` for each model of the zoo: the one table to tune.
-
-``estimator`` and ``plain`` hold arguments of `onward.LikelihoodRatio`; an option on the command line goes before them,
-and ``--alr`` takes the settings of `onward.LikelihoodRatio.alr` in their place.
-"""
+"""Defaults of ``onward train`` for each model of the zoo: the one table to tune."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from ..compiler.estimator import LikelihoodRatio
 
-def _feedback(**changes: Any) -> dict[str, Any]:
-    return {"placement": "alive", "groups": "joint", "feedback": "learned", "sigma": 0.1, **changes}
+AUTO: Mapping[str, Any] = LikelihoodRatio.auto().to_json()
+"""The estimator: ``"auto"``. An option on the command line goes before it, and ``--alr`` is in its place."""
+
+PLAIN: Mapping[str, Any] = {"groups": "layerwise", "copies": 64, "sigma": 0.1}
+"""In place of `AUTO` where options ask for what learned feedback does not have."""
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,20 @@ class Recipe:
     batch_size: int
     lr: float
     optimizer: str
-    estimator: Mapping[str, Any]
-    plain: Mapping[str, Any] = field(default_factory=lambda: {"groups": "layerwise", "copies": 64, "sigma": 0.1})
-    """In place of `estimator` where options ask for what learned feedback does not have."""
 
 
 RECIPES: dict[str, Recipe] = {
-    #                 epochs  batch  lr    optimizer  estimator
-    "mlp": Recipe(15, 32, 3e-3, "adam", _feedback(copies=2)),
-    "resnet5": Recipe(30, 32, 2e-3, "adam", _feedback(copies=8)),
-    "resnet9": Recipe(15, 32, 1e-3, "adam", _feedback(copies=4, reach=1)),
-    "vgg8": Recipe(15, 32, 1e-3, "adam", _feedback(copies=4, reach=1)),
+    #                       epochs  batch  lr    optimizer
+    "mlp": Recipe(15, 32, 3e-3, "adam"),
+    "sign_mlp": Recipe(20, 32, 3e-3, "adam"),
+    "resnet5": Recipe(30, 32, 2e-3, "adam"),
+    "resnet9": Recipe(15, 32, 1e-3, "adam"),
+    "vgg8": Recipe(15, 32, 1e-3, "adam"),
+    "quantised_cnn": Recipe(20, 32, 2e-3, "adam"),
+    "vit": Recipe(20, 32, 1e-3, "adam"),
 }
 
-OWN_MODEL = Recipe(15, 32, 2e-3, "adam", _feedback(copies=4, reach=1))
+OWN_MODEL = Recipe(15, 32, 2e-3, "adam")
 """For ``package.module:factory``."""
 
 

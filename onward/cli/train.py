@@ -19,6 +19,7 @@ from typer import Option
 
 from ..api import compile as compile_program
 from ..compiler.columns import quantity
+from ..compiler.files import check_writable, write_whole
 from ..compiler.report_text import describe_estimator
 from ..models import Dataset, loaders
 from ..passes.errors import OptionError, unknown_name
@@ -28,7 +29,7 @@ from ..runtime.trainable import TrainableProgram
 from ..runtime.trainer import Trainer
 from ..runtime.versions import versions as software_versions
 from .backpropagation import Backpropagation
-from .common import Setup, check_writable, set_up, to_json, write_whole
+from .common import Setup, set_up, settings_of, to_json
 from .options import MODEL_HELP, Common, with_common
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -210,7 +211,7 @@ def _announce(console: Console, model: str, common: Common, setup: Setup, traini
     count = sum(parameter.numel() for parameter in setup.model.parameters() if parameter.requires_grad)
     samples = len(setup.dataset.train)
     console.print(f"[bold]{model}[/bold] on [bold]{common.data}[/bold]: {count:,} parameters, {samples:,} samples")
-    console.print(describe_estimator(setup.estimator.to_json()), highlight=False)
+    console.print(describe_estimator(settings_of(setup.estimator).to_json()), highlight=False)
     console.print(
         f"{training.optimizer}, learning rate {training.lr:g}, batches of {training.batch_size}, "
         f"{training.epochs} epochs, seed {common.seed}",
@@ -229,7 +230,7 @@ def _result(
         "settings": {
             **asdict(training),
             "model_options": common.model_option or [],
-            "estimator": setup.estimator.to_json(),
+            "estimator": settings_of(setup.estimator).to_json(),
             "device": common.device,
             "threads": torch.get_num_threads(),
         },
