@@ -1,17 +1,18 @@
-"""Test accuracy of forward-only training on digits beside backpropagation: same first weights, batches and epochs.
+"""Test accuracy of forward-only training beside backpropagation: same first weights, batches and epochs.
 
     python benchmarks/accuracy.py --threads 1
-    python benchmarks/accuracy.py --models mlp --rows bp recipe alr --seeds 0 1 2 3 4 --json accuracy.json
+    python benchmarks/accuracy.py --cases vit mlp-12 --rows bp auto "op, reach 0" "op, reach 1" --seeds 0 1 2
 
 Everything goes through the public API, with the recipes of ``onward train`` (epochs, batch, optimizer, learning rate).
+Beside a model without derivative, "bp" is its straight-through twin.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -25,73 +26,132 @@ from rich.table import Table
 from onward import LikelihoodRatio, models
 from onward import compile as compile_program
 from onward.cli.backpropagation import Backpropagation
-from onward.cli.recipes import Recipe, recipe_for
+from onward.cli.recipes import recipe_for
 from onward.cli.train import Outcome, Training, run
 
-ROWS: dict[str, Callable[[Recipe, int], LikelihoodRatio] | None] = {
-    "bp": None,
-    "recipe": lambda recipe, copies: LikelihoodRatio(**recipe.estimator),
-    "alr": lambda recipe, copies: LikelihoodRatio.alr(copies=copies),
-    "layerwise exact": lambda recipe, copies: LikelihoodRatio(groups="layerwise", copies=16),
-    "learned": lambda recipe, copies: LikelihoodRatio.feedback_learned(copies=2),
-    "learned, reach 1": lambda recipe, copies: LikelihoodRatio.feedback_learned(copies=2, reach=1),
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, on what."""
+
+    model: str
+    data: str = "digits"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    twin: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of the model that backpropagation trains."""
+    epochs: int | None = None
+    lr: float | None = None
+
+
+_STRAIGHT = {"straight_through": True}
+
+CASES: dict[str, Case] = {
+    "mlp": Case("mlp"),
+    "resnet5": Case("resnet5"),
+    "sign_mlp": Case("sign_mlp", twin=_STRAIGHT),
+    "quantised_cnn": Case("quantised_cnn", twin=_STRAIGHT),
+    "mlp-12": Case("mlp", options={"depth": 12}, epochs=20, lr=1e-3),
+    "vit": Case("vit"),
+    "mlp-mnist": Case("mlp", "mnist5k", epochs=15, lr=1e-3),
+    "resnet5-mnist": Case("resnet5", "mnist5k", epochs=15, lr=3e-3),
+    "resnet9-mnist": Case("resnet9", "mnist5k", options={"width": 8}, epochs=6),
 }
-"""Each method as an estimator, by the model's recipe and the copies of the paper's setting."""
+"""The cases by name."""
+
+
+def _auto(**settings: Any) -> Callable[[], LikelihoodRatio]:
+    return lambda: LikelihoodRatio.auto(**settings)
+
+
+ROWS: dict[str, Callable[[], LikelihoodRatio] | None] = {
+    "bp": None,
+    "auto": _auto(),
+    "auto, blocks 1": _auto(blocks=1),
+    "auto, every step": _auto(probe_every=1),
+    "auto, 2 copies": _auto(copies=2),
+    "auto, 8 copies": _auto(copies=8),
+    "alr 32": lambda: LikelihoodRatio.alr(copies=32),
+    "layerwise 16": lambda: LikelihoodRatio(groups="layerwise", copies=16),
+    **{f"op, reach {hops}": _auto(segments="op", reach=hops) for hops in range(4)},
+    **{
+        f"{number} segments, reach {hops}": _auto(segments=number, reach=hops)
+        for number in (2, 3, 4, 6)
+        for hops in (0, 1)
+    },
+    **{f"blocks, reach {hops}": _auto(segments=["blocks.*"], reach=hops) for hops in range(3)},
+}
+"""The methods by name; those that are not backpropagation's, the paper's or plain are "auto" with something held fixed.
+
+"op": every operation its own gradient subgraph; "N segments": as many stretches; "blocks": a transformer's blocks.
+"""
 
 
 @dataclass(frozen=True)
 class Result:
     """One training run."""
 
-    model: str
+    case: str
     row: str
     seed: int
     test_accuracy: float
-    forwards_per_sample_and_step: float
+    perturbed_forwards: float
+    """A sample and step, a suffix counted by its share of the FLOPs."""
     seconds: float
 
 
-def train(model: str, row: str, seed: int, alr_copies: int, epochs: int | None) -> Result:
+def train(name: str, row: str, seed: int, epochs: int | None = None) -> Result:
     """Train once and test."""
-    dataset = models.load("digits")
-    recipe = recipe_for(model)
-    training = Training(recipe.epochs if epochs is None else epochs, recipe.batch_size, recipe.lr, recipe.optimizer)
-    torch.manual_seed(seed)
-    net = models.build_for(model, dataset)
+    case = CASES[name]
+    dataset = models.load(case.data)
+    recipe = recipe_for(case.model)
+    training = Training(
+        next(number for number in (epochs, case.epochs, recipe.epochs) if number is not None),
+        recipe.batch_size,
+        recipe.lr if case.lr is None else case.lr,
+        recipe.optimizer,
+    )
     make = ROWS[row]
+    torch.manual_seed(seed)
+    net = models.build_for(case.model, dataset, **case.options, **(case.twin if make is None else {}))
     if make is None:
         outcome: Outcome = run(Backpropagation(net, F.cross_entropy, seed), dataset, training, progress=False)
     else:
         example = dataset.train.tensors[0][: recipe.batch_size]
-        estimator = make(recipe, alr_copies)
-        program = compile_program(net, (example,), loss=F.cross_entropy, estimator=estimator, seed=seed)
+        program = compile_program(net, (example,), loss=F.cross_entropy, estimator=make(), seed=seed)
         outcome = run(program, dataset, training, progress=False)
-    return Result(model, row, seed, outcome.test_accuracy, outcome.forwards_per_sample_and_step, outcome.seconds)
+    perturbed = outcome.forwards_per_sample_and_step - 1
+    return Result(name, row, seed, outcome.test_accuracy, perturbed, outcome.seconds)
 
 
-def table(model: str, results: list[Result], rows: list[str]) -> Table:
-    """Means and standard deviations over the seeds."""
-    shown = Table(title=f"{model} on digits, {len({r.seed for r in results})} seeds", title_justify="left")
+def table(name: str, results: list[Result], rows: list[str]) -> Table:
+    """Means and standard deviations over the seeds, and each row's time beside backpropagation's of the same seed."""
+    found = {row: [result for result in results if (result.case, result.row) == (name, row)] for row in rows}
+    seconds = {result.seed: result.seconds for result in found.get("bp", [])}
+    shown = Table(title=f"{name} on {CASES[name].data}, {len({r.seed for r in results})} seeds", title_justify="left")
     shown.add_column("method")
-    for heading in ("test accuracy", "forwards a sample and step", "seconds"):
+    for heading in ("test accuracy", "perturbed forwards", "seconds", "÷ bp"):
         shown.add_column(heading, justify="right")
-    for row in rows:
-        found = [result for result in results if (result.model, result.row) == (model, row)]
-        accuracies = [result.test_accuracy for result in found]
+    for row, runs in found.items():
+        accuracies = [result.test_accuracy for result in runs]
         spread = f" ± {stdev(accuracies):.4f}" if len(accuracies) > 1 else ""
-        forwards = "1 + a backward" if row == "bp" else f"{mean(r.forwards_per_sample_and_step for r in found):.1f}"
-        shown.add_row(row, f"{mean(accuracies):.4f}{spread}", forwards, f"{mean(r.seconds for r in found):.1f}")
+        ratios = [result.seconds / seconds[result.seed] for result in runs if result.seed in seconds]
+        shown.add_row(
+            row,
+            f"{mean(accuracies):.4f}{spread}",
+            "a backward" if row == "bp" else f"{mean(r.perturbed_forwards for r in runs):.2f}",
+            f"{mean(r.seconds for r in runs):.1f}",
+            f"{mean(ratios):.1f}" if ratios else "–",
+        )
     return shown
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train everything and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["mlp", "resnet5"], metavar="NAME")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["mlp", "resnet5"], metavar="NAME")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=["bp", "auto"], metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S")
-    parser.add_argument("--alr-copies", type=int, default=32, metavar="K", help="copies of the paper's setting")
-    parser.add_argument("--epochs", type=int, help="in place of the recipes'")
+    parser.add_argument("--epochs", type=int, help="in place of the cases'")
     parser.add_argument("--threads", type=int, help="torch's threads")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run")
     options = parser.parse_args(argv)
@@ -101,17 +161,17 @@ def main(argv: list[str] | None = None) -> None:
     found: dict[str, Any] = machine(torch.device("cpu"))
     console.print(describe(found), highlight=False)
     results: list[Result] = []
-    for model in options.models:
+    for name in options.cases:
         for seed in options.seeds:
             for row in options.rows:
-                result = train(model, row, seed, options.alr_copies, options.epochs)
+                result = train(name, row, seed, options.epochs)
                 results.append(result)
                 console.print(
-                    f"{model}, {row}, seed {seed}: {result.test_accuracy:.4f} in {result.seconds:.1f} s",
+                    f"{name}, {row}, seed {seed}: {result.test_accuracy:.4f} in {result.seconds:.1f} s",
                     style="dim",
                     highlight=False,
                 )
-        console.print(table(model, results, options.rows))
+        console.print(table(name, results, options.rows))
     if options.json is not None:
         written = {"machine": found, "runs": [asdict(result) for result in results]}
         options.json.write_text(json.dumps(written, indent=2) + "\n")
