@@ -59,7 +59,8 @@ class LikelihoodRatio:
             ``groups="joint"``; then 2 copies do for a small net.
         correction: with feedback, what the perturbed runs of the step itself add. ``"none"``: the prediction as it is;
             **biased** as long as, and wherever, the mean Jacobian is not the sample's. ``"full"``: what the prediction
-            leaves unexplained, by likelihood ratio: unbiased (up to σ²) whatever was learned, and noisier.
+            leaves unexplained, by likelihood ratio: unbiased (up to σ²; with `blocks` for a block's mean gradient)
+            whatever was learned, and noisier.
             ``"shrunk"``: that times α in [0, 1], a number a site, as far as two halves of the copies agree on it:
             **biased** towards the prediction, and less noisy; three times the gradient's time. One for all sites, or a
             mapping from site-name patterns (all must be covered; the first match counts).
@@ -170,6 +171,7 @@ class LikelihoodRatio:
             unused: tuple[tuple[str, object], ...] = (
                 ("correction", "none"), ("reach", 0), ("segments", "op"), ("probe", 1), ("probe_every", 1),
                 ("rank", None), ("feedback_memory", 512),
+                ("warmup", 20), ("trust", True),
             )  # fmt: skip
             for name, without in unused:
                 if (value := getattr(self, name)) != without:

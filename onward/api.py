@@ -28,8 +28,7 @@ def compile(
         model: any module that ``torch.export`` (or ``torch.fx.symbolic_trace``) can trace; trained in place, in the
             train/eval mode that it has now.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments of ``forward``.
-        Tensors
-            have the batch first; the batch size stays free.
+            Tensors have the batch first; the batch size stays free.
         loss: ``(output, target) -> one loss a sample``; a torch loss with a ``reduction`` may be given as it is. It may
             have no derivative, be a black box, and need not be traceable.
         estimator: the settings; the default is `LikelihoodRatio()`. ``"auto"`` is `LikelihoodRatio.auto()`, which

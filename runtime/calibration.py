@@ -31,6 +31,7 @@ from ..passes.find_sites import Site
 from .executor import SerialExecutor, StepInput
 from .feedback import FeedbackState
 from .linearity import Linearity, measure
+from .metrics import jsonable
 
 LEARNING_STEPS = 40
 """Steps in which feedback is learned on the batch, before what it explains is read."""
@@ -52,7 +53,7 @@ class SiteCalibration:
     scale: float
     """Root mean square of the tensor that receives the noise."""
     sigma: float
-    nonlinearity: float
+    nonlinearity: float | None
     """Change of the response when σ is halved, relative to it; near 1 or above where there is no derivative."""
     variance: float
     """Mean square of the response of a sample's loss per unit of noise: the variance of a coordinate's estimate by one
@@ -108,7 +109,7 @@ class Calibration:
             "estimator": self.estimator.to_json(),
             "explained": self.explained,
             "forwards": self.forwards,
-            "sites": [asdict(site) for site in self.sites],
+            "sites": jsonable([asdict(site) for site in self.sites]),
         }
 
     @classmethod
@@ -159,7 +160,7 @@ class Calibration:
                 f"{site.elements:,}",
                 f"{site.scale:.3g}",
                 f"{site.sigma:.3g}",
-                f"{site.nonlinearity:.2f}",
+                "–" if site.nonlinearity is None else f"{site.nonlinearity:.2f}",
                 f"{site.variance:.2g}",
                 f"{100 * site.share:.0f} %",
                 "–" if site.trust is None else f"{site.trust:.2f}",
@@ -178,7 +179,7 @@ def calibrate(executor: SerialExecutor, given: StepInput, budget: float) -> Cali
     measured, spent = measure(executor, given)
     trust: dict[int, float] = {}
     explained: float | None = None
-    sigmas = {index: one.sigma for index, one in measured.items()}
+    sigmas = {i: one.sigma if math.isfinite(one.sigma) else executor.sigmas[i] for i, one in measured.items()}
     if given.feedback is not None and measured:
         learned = _learned(executor, given, sigmas)
         explained, trust = learned.explained_mean, {index: learned.trust(index) for index in sigmas}
@@ -190,8 +191,8 @@ def calibrate(executor: SerialExecutor, given: StepInput, budget: float) -> Cali
             names[index],
             compiled.sites[index].noise_layout.elements,
             measured[index].scale,
-            measured[index].sigma,
-            measured[index].nonlinearity,
+            sigmas[index],
+            _or_none(measured[index].nonlinearity),
             measured[index].variance,
             run.share,
             trust.get(index),
@@ -205,6 +206,11 @@ def calibrate(executor: SerialExecutor, given: StepInput, budget: float) -> Cali
         rest = {"*": UNMEASURED} if len(by_name) < len(names) else {}
         estimator = replace(estimator, sigma={**by_name, **rest}, copies=_copies(compiled, measured, budget))
     return Calibration(estimator, rows, explained, spent)
+
+
+def _or_none(number: float) -> float | None:
+    """NaN, of a site that the loss does not respond to, as None."""
+    return number if math.isfinite(number) else None
 
 
 def _check_budget(compiled: CompiledModel, budget: float) -> None:

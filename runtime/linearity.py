@@ -44,7 +44,7 @@ class Linearity:
     scale: float
     """Root mean square of the tensor that receives the noise."""
     sigma: float
-    """The σ chosen."""
+    """The σ chosen; NaN where the loss does not respond at all (a head of zeros), so that there is nothing to tell."""
     nonlinearity: float
     """Change of the response when that σ is halved, relative to it; about 1 where there is no derivative."""
     variance: float
@@ -86,24 +86,29 @@ def _response(
     """``(ℓ⁺ - ℓ⁻) / 2σ`` of every pair and sample, with noise at one site only."""
     sigmas = torch.zeros_like(given.environment["runtime:sigmas"])
     sigmas[site] = sigma
-    losses = []
-    for copies in _chunks(executor.compiled.sequential):
-        own = {"runtime:sigmas": sigmas, "runtime:copies": copies}
-        result = executor.runs[run](own, environment)
-        losses.append(given.loss(output_leaves(result), len(copies), given.samples))
-    plus, minus = torch.cat(losses).chunk(2)
-    return (plus - minus) / (2 * sigma)
+    compiled, differences = executor.compiled, []
+    for draws in torch.arange(DRAWS).split(_pairs_together(compiled)):
+        losses = []
+        for copies in (draws, ~draws) if compiled.sequential else (torch.cat([draws, ~draws]),):
+            own = {"runtime:sigmas": sigmas, "runtime:copies": copies}
+            result = executor.runs[run](own, environment)
+            losses.append(given.loss(output_leaves(result), len(copies), given.samples))
+        plus, minus = torch.cat(losses).chunk(2)
+        differences.append(plus - minus)
+    return torch.cat(differences) / (2 * sigma)
 
 
-def _chunks(sequential: bool) -> list[Tensor]:
-    draws = torch.arange(DRAWS)
-    copies = torch.cat([draws, ~draws])
-    return list(copies.split(1)) if sequential else [copies]
+def _pairs_together(compiled: CompiledModel) -> int:
+    """Pairs that run side by side: as a step's chunks allow."""
+    chunk = compiled.estimator.chunk
+    return 1 if compiled.sequential else DRAWS if chunk is None else max(1, chunk // 2)
 
 
 def _chosen(responses: Sequence[Tensor], scale: float, together: int) -> Linearity:
     """The candidate that the module's docstring describes, for a site that is perturbed `together` with others;
     `responses` has one more, half of the first."""
+    if not any(bool(response.any()) for response in responses):
+        return Linearity(scale, math.nan, math.nan, 0.0)
     changes = []
     for half, whole in itertools.pairwise(responses):
         size = float(whole.norm())

@@ -58,7 +58,7 @@ class Program:
         self.loss = BatchLoss(loss) if compiled.estimator.credit == "batch" else SampleLoss(loss)
         self.sigmas = resolve_sigmas(compiled.estimator.sigma, compiled.sites)
         self.next_probe = 0
-        self.next_calibration = 0
+        self.next_calibration = self._planned_calibration = 0
         self.executor = SerialExecutor(compiled, self.sigmas)
         results = [node for output, node in outputs(compiled.graph) if output.kind == "output"]
         self._layouts = [node.meta.get("layout") if isinstance(node, fx.Node) else None for node in results]
@@ -107,10 +107,11 @@ class Program:
             raise
         self._commit(result, given, parameters, buffers)
         if calibrates:
-            self.next_calibration = self.step_count - 1 + CALIBRATE_EVERY
+            self.next_calibration = self._planned_calibration
             self.forwards += spent * given.samples
         return result.losses.mean()
 
+    @torch.inference_mode(False)
     def calibrate(self, inputs: Any, target: Any, *, budget: float = 4.0) -> Calibration:
         """Measure the program on a batch and choose settings from it; changes nothing (`runtime.calibration`).
 
@@ -123,7 +124,7 @@ class Program:
 
         Raises:
             CalibrationError: the budget is too small for one pair at every site.
-            Whatever `step` raises.
+            BatchError, ModeError, LossShapeError, NonFiniteLossError: as for `step`.
         """
         given, _, _ = self._bind(inputs, target)
         with torch.no_grad():
@@ -148,11 +149,11 @@ class Program:
             at = {site.output: site.index for site in self.compiled.sites}
             read: dict[str, list[int]] = {}  # by parameter, the least trusted noise point of each of its sites
             for gradient in self.compiled.gradients:
-                points = [at[end] for end in gradient.site.ends if end in at]
+                points = [at[end] for end in gradient.site.ends if at.get(end) in self.feedback.jacobians]
                 for name in gradient.site.parameters:
                     read.setdefault(name, []).extend(sorted(points, key=self.feedback.trust)[:1])
             for name, points in read.items():
-                trusted[name] = self.feedback.trust(*points)
+                trusted[name] = self.feedback.trust(*points) if points else 1.0  # exact, from the output
         return trusted
 
     def state_dict(self) -> dict[str, Tensor | int | float | str]:
@@ -176,26 +177,33 @@ class Program:
         """Restore `state_dict`'s result.
 
         Raises:
-            CheckpointError: a value is missing, or another estimator saved it, which this one would not continue.
+            CheckpointError: a value is missing, or another estimator saved it, which this one would not continue; the
+                program is as it was.
         """
         try:
             self._check_estimator(json.loads(state["estimator"]))
-            self.seed = int(state["seed"])
-            self.step_count = int(state["step_count"])
-            self.forwards = float(state["forwards"])
-            self.clean_forwards = float(state["clean_forwards"])
+            seed, step_count = int(state["seed"]), int(state["step_count"])
+            forwards, clean_forwards = float(state["forwards"]), float(state["clean_forwards"])
+            sigmas, next_calibration, next_probe = self.sigmas, self.next_calibration, self.next_probe
             if self.compiled.estimator.sigma == "auto":
-                self.sigmas[:] = state["sigmas"].tolist()
-                self.next_calibration = int(state["next_calibration"])
-            if self.feedback is not None:
-                self.next_probe = int(state["next_probe"])
-                self.feedback = self.feedback.loaded(state)
+                sigmas, next_calibration = state["sigmas"].tolist(), int(state["next_calibration"])
+            if len(sigmas) != len(self.sigmas):
+                raise CheckpointError(f"the state has σ of {len(sigmas)} sites; this model has {len(self.sigmas)}.")
+            feedback = self.feedback
+            if feedback is not None:
+                next_probe, feedback = int(state["next_probe"]), feedback.loaded(state)
         except KeyError as error:
             raise CheckpointError(f"the program's state lacks {error}") from error
+        self.seed, self.step_count = seed, step_count  # all of it, or nothing
+        self.forwards, self.clean_forwards = forwards, clean_forwards
+        self.sigmas[:] = sigmas
+        self.next_calibration, self.next_probe, self.feedback = next_calibration, next_probe, feedback
 
     def _check_estimator(self, saved: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.compiled.estimator.to_json()))
-        fixed = {key: value for key, value in mine.items() if key not in _FREE}
+        sets_rank = self.compiled.rank is not None and self.compiled.estimator.rank is None
+        free = _FREE[:1] if sets_rank else _FREE
+        fixed = {key: value for key, value in mine.items() if key not in free}
         differing = [f"{k}={saved.get(k)!r}, now {v!r}" for k, v in fixed.items() if saved.get(k) != v]
         if differing:
             raise CheckpointError(
@@ -240,9 +248,11 @@ class Program:
     def _measure_sigmas(self, given: StepInput) -> float:
         """Take σ from the batch at hand; returns the perturbed forwards a sample that it took."""
         found, spent = measure(self.executor, given)
-        for index, measured in found.items():
-            if math.isfinite(measured.sigma):  # else the step itself will say what is not finite
-                self.sigmas[index] = measured.sigma
+        told = {index: one.sigma for index, one in found.items() if math.isfinite(one.sigma)}
+        for index, sigma in told.items():
+            self.sigmas[index] = sigma
+        every = CALIBRATE_EVERY if len(told) == len(found) else REMEASURE_AFTER
+        self._planned_calibration = self.step_count + every
         given.environment["runtime:sigmas"].copy_(torch.tensor(self.sigmas, dtype=torch.float64))
         return spent
 
@@ -317,5 +327,8 @@ class Program:
 CALIBRATE_EVERY = 500
 """Steps from one measurement of σ to the next, with ``sigma="auto"``."""
 
+REMEASURE_AFTER = 25
+"""The same where the loss did not respond to some site, as behind a head of zeros that soon has other weights."""
+
 _FREE = ("chunk", "feedback_memory")
-"""Settings of the estimator that a run may be resumed with others of."""
+"""Settings of the estimator that a run may be resumed with others of; the memory only if it did not set the rank."""

@@ -1,6 +1,10 @@
-"""Corrections a site, the shrunk one, and blocks chosen by the compiler."""
+"""Corrections a site, the shrunk one, blocks chosen by the compiler; what a review found."""
 
 from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +25,8 @@ def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
 def program(correction: object, copies: int = 8, **settings: object) -> onward.Program:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 3))
-    estimator = LikelihoodRatio.feedback_learned(copies, sigma=1e-3, correction=correction, warmup=0, **settings)
+    chosen = {"sigma": 1e-3, "warmup": 0, "correction": correction, **settings}
+    estimator = LikelihoodRatio.feedback_learned(copies, **chosen)
     return onward.compile(net, (batch()[0],), loss=F.cross_entropy, estimator=estimator, seed=0)
 
 
@@ -53,7 +58,7 @@ def test_alpha_tells_signal_from_noise() -> None:
     for _ in range(20):
         assert nothing.feedback is not None
         zeros = {site: torch.zeros_like(jacobian) for site, jacobian in nothing.feedback.jacobians.items()}
-        nothing.feedback = onward.runtime.feedback.replace(nothing.feedback, jacobians=zeros)
+        nothing.feedback = replace(nothing.feedback, jacobians=zeros)
         gradients(nothing)
         alphas.append(nothing.feedback.alpha(1))
     gradients(learned, 60)
@@ -113,3 +118,72 @@ def test_blocks_by_the_size_of_the_maps(side: int, size: int) -> None:
     compiled = onward.compile(net, (images,), loss=F.cross_entropy, estimator=estimator).compiled
     assert compiled.sites[0].blocks[-2:] == (size, size)
     assert compiled.sites[1].blocks == ()
+
+
+def automatic(**settings: object) -> onward.Program:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 3))
+    nn.init.zeros_(net[4].weight)
+    estimator = LikelihoodRatio.auto(reach=0, **settings)
+    return onward.compile(net, (batch()[0],), loss=F.cross_entropy, estimator=estimator, seed=0)
+
+
+def test_a_head_of_zeros_tells_no_sigma_and_is_measured_again() -> None:
+    trained = automatic(warmup=0)
+    before = list(trained.sigmas)
+    calibration = trained.calibrate(*batch())
+    assert [site.nonlinearity for site in calibration.sites] == [None, None]
+    json.dumps(calibration.to_json(), allow_nan=False)
+    optimizer = torch.optim.SGD(trained.model.parameters(), lr=0.5)
+    trained.step(*batch())
+    assert trained.sigmas == before
+    for number in range(40):
+        optimizer.step()
+        optimizer.zero_grad()
+        trained.step(*batch(number))
+    assert all(math.isfinite(sigma) for sigma in trained.sigmas)
+    assert trained.sigmas[0] != before[0]
+    assert trained.sigmas[1] != before[1]
+
+
+def test_measuring_sigma_keeps_to_the_chunk() -> None:
+    whole, chunked = program("none", sigma="auto"), program("none", sigma="auto", chunk=2)
+    seen = []
+    forward = chunked.executor.runs[0].forward
+    chunked.executor.runs[0].forward = lambda *given: (
+        seen.append(max(t.shape[0] for t in given if t.dim())) or forward(*given)
+    )
+    whole.step(*batch())
+    chunked.step(*batch())
+    assert max(seen) <= 2 * SAMPLES
+    assert chunked.sigmas == pytest.approx(whole.sigmas)
+
+
+def test_what_is_exact_keeps_its_whole_step_when_feedback_is_broken() -> None:
+    trained = program("none")
+    trained.step(*batch())
+    assert trained.feedback is not None
+    trained.feedback = replace(trained.feedback, overshoot=0.1)
+    trust = trained.trust()
+    assert trust["4.weight"] == trust["4.bias"] == 1.0
+    assert trust["0.weight"] <= 0.1
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    trained, other = program("none"), program("none")
+    gradients(other, 3)
+    state = other.state_dict()
+    state["feedback.0.jacobian"] = torch.zeros(2, 2)
+    before = trained.state_dict()
+    with pytest.raises(onward.errors.CheckpointError):
+        trained.load_state_dict(state)
+    after = trained.state_dict()
+    assert all(
+        torch.equal(torch.as_tensor(after[k]), torch.as_tensor(v)) for k, v in before.items() if k != "estimator"
+    )
+
+
+@pytest.mark.parametrize("settings", [{"warmup": 3}, {"trust": False}])
+def test_options_of_feedback_are_refused_without_it(settings: dict[str, object]) -> None:
+    with pytest.raises(onward.errors.OptionError, match='feedback="learned"'):
+        LikelihoodRatio(**settings)

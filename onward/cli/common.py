@@ -98,6 +98,7 @@ def make_estimator(common: Common) -> LikelihoodRatio | Calibration:
         return LikelihoodRatio.alr(**settings)
     if settings.get("correction", "none") != "none":
         settings.setdefault("probe_every", 1)  # it needs copies every step
+        settings.setdefault("blocks", 1)  # and is unbiased for blocks' means only
     return LikelihoodRatio(**{**(PLAIN if _without_feedback(settings) else AUTO), **settings})
 
 
@@ -130,14 +131,18 @@ def parse_groups(text: str) -> str | list[list[str]]:
 
 def parse_segments(text: str) -> str | int | list[str]:
     """``op``, ``auto``, a number of segments, or module names: ``blocks.*,head``."""
-    if text.isdigit():
-        return int(text)
+    number = parse_number(text)
+    if isinstance(number, int):
+        return number
     return text if text in SEGMENTS else [name.strip() for name in text.split(",")]
 
 
 def parse_number(text: str) -> int | str:
     """A whole number, or a word for the estimator to know."""
-    return int(text) if text.isdigit() else text
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def parse_sigma(values: list[str]) -> float | str | dict[str, float]:
@@ -164,6 +169,8 @@ def _by_site(
             numbers[pattern if equals else "*"] = convert(number)
         except ValueError:
             raise OptionError(f"{option} {value!r}: expected {expected}, or PATTERN=NUMBER.") from None
+    if "*" in numbers:
+        numbers["*"] = numbers.pop("*")  # the first match counts: what holds for all others comes last
     return numbers["*"] if list(numbers) == ["*"] else numbers
 
 
