@@ -81,13 +81,20 @@ def describe_estimator(estimator: Mapping[str, Any]) -> str:
                 [
                     f"learned feedback, correction {_by_site(estimator['correction'])}, reach {estimator['reach']}",
                     *([f"segments {estimator['segments']}"] if estimator["segments"] != "op" else []),
-                    *([f"perturbed every {estimator['probe_every']} steps"] if estimator["probe_every"] != 1 else []),
+                    *_probing(estimator["probe_every"]),
                 ]
                 if estimator["feedback"] == "learned"
                 else []
             ),
         ]
     )
+
+
+def _probing(every: int | str) -> list[str]:
+    """When copies are perturbed, where it is not every step."""
+    if isinstance(every, str):
+        return ["perturbed while it teaches"]
+    return [f"perturbed every {every} steps"] if every != 1 else []
 
 
 def _by_site(value: float | str | Mapping[str, Any]) -> str:
