@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..passes.errors import OptionError, unknown_name
+
+Value = TypeVar("Value")
 
 NOISES = ("gaussian", "laplace", "rademacher")
 SCORES = ("exact", "sign")
@@ -129,20 +131,20 @@ class LikelihoodRatio:
             ("credit", self.credit, CREDITS),
             ("placement", self.placement, PLACEMENTS),
             ("feedback", self.feedback, FEEDBACKS),
-            *(("correction", value, CORRECTIONS) for value in self._corrections()),
-            *(("place of the noise", value, NOISE_ON) for value in self._places()),
+            *(("correction", value, CORRECTIONS) for value in _values(self.correction)),
+            *(("place of the noise", value, NOISE_ON) for value in _values(self.noise_on)),
         ):
             if value not in known:
                 raise unknown_name(kind, value, known)
         if isinstance(self.groups, str) and self.groups not in ("joint", "layerwise"):
             raise unknown_name("grouping", self.groups, ("joint", "layerwise"))
         for name, number in (
-            *(("copies", count) for count in self._copies()), ("chunk", self.chunk), ("warmup", self.warmup),
+            *(("copies", count) for count in _values(self.copies)), ("chunk", self.chunk), ("warmup", self.warmup),
             ("rank", self.rank), ("feedback_memory", self.feedback_memory),
         ):  # fmt: skip
             if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
                 raise OptionError(f"{name}={number!r}: it has to be an integer.")
-        for count in self._copies():
+        for count in _values(self.copies):
             if count < 1:
                 raise OptionError(f"copies={count!r}: at least one copy is needed.")
             if self.antithetic and count % 2:
@@ -153,8 +155,7 @@ class LikelihoodRatio:
             raise OptionError(f"chunk={self.chunk}: it must be positive, and even with antithetic=True.")
         if isinstance(self.sigma, str) and self.sigma != "auto":
             raise unknown_name("sigma", self.sigma, ("auto",))
-        given = self.sigma.values() if isinstance(self.sigma, Mapping) else (self.sigma,)
-        for sigma in given if self.sigma != "auto" else ():
+        for sigma in _values(self.sigma) if self.sigma != "auto" else ():
             if not isinstance(sigma, (int, float)) or not (sigma > 0 and math.isfinite(sigma)):
                 raise OptionError(f"sigma={sigma!r}: the noise needs a positive, finite standard deviation.")
 
@@ -162,7 +163,7 @@ class LikelihoodRatio:
             raise OptionError(
                 f'placement="alive" keeps exact captures of the clean run; capture={self.capture!r} cannot.'
             )
-        if "rank-one" in self._places() and self.noise != "rademacher":
+        if "rank-one" in _values(self.noise_on) and self.noise != "rademacher":
             raise OptionError(f'noise_on="rank-one" multiplies signs: it needs noise="rademacher", not {self.noise!r}.')
         self._check_blocks()
         if self.feedback == "learned":
@@ -183,7 +184,7 @@ class LikelihoodRatio:
                 raise unknown_name("blocks", self.blocks, ("auto",))
             sizes: tuple[int, ...] = ()
         else:
-            sizes = tuple(self.blocks.values()) if isinstance(self.blocks, Mapping) else (self.blocks,)
+            sizes = _values(self.blocks)
         for size in sizes:
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise OptionError(f"blocks={size!r}: the positions of a block along each axis are a number from 1 on.")
@@ -203,7 +204,7 @@ class LikelihoodRatio:
                 raise OptionError(f'feedback="learned" needs {name}={value!r}, not {getattr(self, name)!r}.')
         if not 0 < self.probe <= 1:
             raise OptionError(f"probe={self.probe}: the share of the batch that is perturbed lies in (0, 1].")
-        corrected = [value for value in self._corrections() if value != "none"]
+        corrected = [value for value in _values(self.correction) if value != "none"]
         if corrected and self.probe != 1:
             raise OptionError(f'correction="{corrected[0]}" needs copies of every sample: probe=1, not {self.probe}.')
         if isinstance(self.probe_every, str) and self.probe_every != "auto":
@@ -212,7 +213,7 @@ class LikelihoodRatio:
             raise OptionError(
                 f"probe_every={self.probe_every!r}: the steps between perturbed runs are a number from 1 on."
             )
-        if "shrunk" in corrected and min(self.draws(count) for count in self._copies()) < 2:
+        if "shrunk" in corrected and min(self.draws(count) for count in _values(self.copies)) < 2:
             raise OptionError('correction="shrunk" compares two halves of the copies: it needs 4 copies or more.')
         if corrected and self.probe_every != 1:
             raise OptionError(
@@ -272,15 +273,6 @@ class LikelihoodRatio:
         settings: dict[str, Any] = {"noise": "gaussian", "score": "sign", "capture": "sign", "groups": "joint"}
         return cls(**{**settings, "copies": copies, "sigma": sigma, **changes})
 
-    def _copies(self) -> tuple[int, ...]:
-        return tuple(self.copies.values()) if isinstance(self.copies, Mapping) else (self.copies,)
-
-    def _corrections(self) -> tuple[str, ...]:
-        return tuple(self.correction.values()) if isinstance(self.correction, Mapping) else (self.correction,)
-
-    def _places(self) -> tuple[str, ...]:
-        return tuple(self.noise_on.values()) if isinstance(self.noise_on, Mapping) else (self.noise_on,)
-
     @property
     def step(self) -> int:
         """The least number of copies: a pair, or one."""
@@ -298,3 +290,8 @@ class LikelihoodRatio:
         if not isinstance(self.segments, (str, int)):
             values["segments"] = list(self.segments)
         return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+
+
+def _values(setting: Value | Mapping[str, Value]) -> tuple[Value, ...]:
+    """The values of a setting that is one for all sites, or a mapping from patterns."""
+    return tuple(setting.values()) if isinstance(setting, Mapping) else (setting,)

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..passes import ops
 from ..passes.find_sites import Site
-from ..passes.graph import Kind, Role, outputs, placeholders
+from ..passes.graph import Kind, Role, downstream, outputs, placeholders
 from ..passes.perturb_weights import noise_arguments
 from ..passes.separate_outputs import output_nodes
 from .estimator import LikelihoodRatio
@@ -145,9 +145,10 @@ def _only_captures_cross(compiled: CompiledModel) -> Iterator[Finding]:
     for gradient in compiled.gradients:
         title = _title(gradient)
         captured = {name for one in gradient.captures for name in (one.name, one.scale)}
-        downstream = _downstream(noise_points[gradient.site.index])
+        point = noise_points[gradient.site.index]
+        noisy = downstream(user for user in point.users if user.target in ops.PERTURBING)
         for one in gradient.captures:
-            if gradient.source == "noise" and nodes[one.source] in downstream:  # feedback reads the clean run alone
+            if gradient.source == "noise" and nodes[one.source] in noisy:  # feedback reads the clean run alone
                 yield Finding(f"the capture {one.name!r} holds the site's own noise", title, nodes[one.source])
         for node in placeholders(gradient.module):
             role, target = node.meta["role"], node.meta["target"]
@@ -181,18 +182,6 @@ def _crossing(compiled: CompiledModel, gradient: GradientSubgraph) -> set[str]:
     if gradient.source == "feedback":
         return feedback
     return feedback | {"key", "draws", *(f"weights.{point}" for point in points)}
-
-
-def _downstream(node: fx.Node) -> set[fx.Node]:
-    """The noise node of a noise point and all that depends on it."""
-    reached: set[fx.Node] = set()
-    stack = [user for user in node.users if user.target in ops.PERTURBING]
-    while stack:
-        current = stack.pop()
-        if current not in reached:
-            reached.add(current)
-            stack.extend(current.users)
-    return reached
 
 
 def _noise_is_regenerated(compiled: CompiledModel) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from ..passes.errors import OptionError, unknown_name
 from ..passes.find_sites import Site, sites
 from ..passes.graph import Kind, origin
 from ..passes.join_segments import forced_cuts
-from ..passes.separate_outputs import output_nodes
+from ..passes.separate_outputs import influential, output_nodes
 from .cost import count_flops
 
 _aten = torch.ops.aten
@@ -104,15 +104,15 @@ def _stretches(module: fx.GraphModule) -> list[_Stretch]:
 def bottlenecks(module: fx.GraphModule) -> list[Site]:
     """The sites whose value holds everything that later operations read of trained values: no way leads around them."""
     order = {node: position for position, node in enumerate(module.graph.nodes)}
-    influential, trained = _influential(module), _trained(module)
+    ways, trained = influential(module), _trained(module)
     furthest, found = -1, []
     ends = output_nodes(module)
     for node, position in order.items():
         site: Site | None = node.meta.get("site")
         if site is not None and furthest <= position and node not in ends:
             found.append(site)
-        if node in trained and node in influential:
-            furthest = max([furthest, *(order[user] for user in node.users if user in influential)])
+        if node in trained and node in ways:
+            furthest = max([furthest, *(order[user] for user in node.users if user in ways)])
     return found
 
 
@@ -123,18 +123,6 @@ def _trained(module: fx.GraphModule) -> set[fx.Node]:
         inside = "site" in node.meta or any(source in found for source in node.all_input_nodes)
         if inside and node.op != "output" and node.meta.get("kind") != Kind.SIZE:
             found.add(node)
-    return found
-
-
-def _influential(module: fx.GraphModule) -> set[fx.Node]:
-    """The nodes that the model's output depends on."""
-    found: set[fx.Node] = set()
-    stack = list(output_nodes(module))
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
     return found
 
 

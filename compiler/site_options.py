@@ -91,12 +91,18 @@ def resolve_sigmas(sigma: float | str | Mapping[str, float], found: Sequence[Sit
     return [float(values[site.index]) for site in found]
 
 
-def _covering(option: str, given: Mapping[str, Value], found: Sequence[Site]) -> dict[int, Value]:
-    """The value of every site, by index: that of the first pattern that matches its name."""
+def _matched(given: Mapping[str, Value], found: Sequence[Site]) -> dict[int, Value]:
+    """The values of the sites that a pattern matches, by index: that of the first."""
     values: dict[int, Value] = {}
     for pattern, value in given.items():
         for index in matching_sites(pattern, found):
             values.setdefault(index, value)
+    return values
+
+
+def _covering(option: str, given: Mapping[str, Value], found: Sequence[Site]) -> dict[int, Value]:
+    """The value of every site, by index; an error if no pattern matches one."""
+    values = _matched(given, found)
     left = [site.name for site in found if site.index not in values]
     if left:
         raise OptionError(f"{option}: no pattern covers the site(s) {', '.join(left)}. Add '*' as the last pattern.")
@@ -110,11 +116,7 @@ def resolve_blocks(blocks: int | str | Mapping[str, int], module: fx.GraphModule
         return _image_blocks(module)
     if not isinstance(blocks, Mapping):
         return dict.fromkeys((site.index for site in found), blocks)
-    values: dict[int, int] = {}
-    for pattern, size in blocks.items():
-        for index in matching_sites(pattern, found):
-            values.setdefault(index, size)
-    return values
+    return _matched(blocks, found)
 
 
 def _image_blocks(module: fx.GraphModule) -> dict[int, int]:

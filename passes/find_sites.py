@@ -43,6 +43,7 @@ from .graph import (
     origin,
     outputs,
     placeholders,
+    upstream,
 )
 from .perturb_weights import WeightNoise
 from .rules import uses_batch_statistics
@@ -254,13 +255,9 @@ def _unique(name: str, seen: dict[str, int]) -> str:
 
 
 def _check_reached(module: fx.GraphModule) -> None:
-    influential: set[fx.Node] = set()
-    stack = [value for output, value in outputs(module) if output.kind == "output" and isinstance(value, fx.Node)]
-    while stack:
-        node = stack.pop()
-        if node not in influential:
-            influential.add(node)
-            stack.extend(node.all_input_nodes)
+    influential = upstream(
+        value for output, value in outputs(module) if output.kind == "output" and isinstance(value, fx.Node)
+    )
     reached = set()
     for node in module.graph.nodes:
         site = node.meta.get("site")

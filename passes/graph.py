@@ -238,6 +238,30 @@ def is_floating(node: fx.Node) -> bool:
     return isinstance(val, torch.Tensor) and val.is_floating_point()
 
 
+def upstream(starts: Iterable[fx.Node]) -> set[fx.Node]:
+    """`starts` and all nodes that they depend on."""
+    found: set[fx.Node] = set()
+    stack = list(starts)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def downstream(starts: Iterable[fx.Node]) -> set[fx.Node]:
+    """`starts` and all nodes that depend on them."""
+    found: set[fx.Node] = set()
+    stack = list(starts)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.users)
+    return found
+
+
 def getitem(node: fx.Node, index: int) -> fx.Node | None:
     """The node that takes element `index` of a node with several results, if there is one."""
     for user in node.users:

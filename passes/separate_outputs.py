@@ -16,21 +16,21 @@ Declines: a leaf in ``o`` without the samples first; a model without any; a site
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, fx
 
 from .errors import UnsupportedModelError
 from .find_sites import Site, sites
-from .graph import Layout, clone, finish, is_floating, origin, outputs, set_outputs
+from .graph import Layout, clone, downstream, finish, is_floating, origin, outputs, set_outputs, upstream
 
 
 def separate_outputs(module: fx.GraphModule, *, names: Sequence[str]) -> fx.GraphModule:
     """`names` are those of the output's leaves, as errors call them."""
     module = clone(module)
     leaves = [value for output, value in outputs(module) if output.kind == "output"]
-    trained = _downstream(node for node in module.graph.nodes if "site" in node.meta)
+    trained = downstream(node for node in module.graph.nodes if "site" in node.meta)
     floating = [isinstance(leaf, fx.Node) and is_floating(leaf) and leaf in trained for leaf in leaves]
     offsets: dict[fx.Node, tuple[int, ...]] = {}
     at = 0
@@ -43,7 +43,7 @@ def separate_outputs(module: fx.GraphModule, *, names: Sequence[str]) -> fx.Grap
             'feedback="learned" needs a model with a floating-point output that depends on its parameters; of '
             f'{", ".join(names)} none is. Return what the loss is computed from, or use feedback="none".'
         )
-    influence = _upstream(offsets)
+    influence = upstream(offsets)
     _check_sites(module, influence)
     for leaf in list(offsets):
         if any(user in influence for user in leaf.users):
@@ -77,7 +77,7 @@ def error_like(graph: fx.Graph) -> Tensor:
 
 def influential(module: fx.GraphModule) -> set[fx.Node]:
     """The nodes that ``o`` depends on, its own included; without `separate_outputs`, that any output depends on."""
-    return _upstream(output_nodes(module))
+    return upstream(output_nodes(module))
 
 
 def output_nodes(module: fx.GraphModule) -> set[fx.Node]:
@@ -121,28 +121,6 @@ def _separated(module: fx.GraphModule, leaf: fx.Node) -> fx.Node:
     replaced = [(o, alias if o.kind == "output" and node is leaf else node) for o, node in outputs(module)]
     set_outputs(module, replaced)
     return alias
-
-
-def _downstream(starts: Iterable[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(starts)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.users)
-    return found
-
-
-def _upstream(starts: Collection[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(starts)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
 
 
 __all__ = ["error_like", "influential", "output_nodes", "returned", "separate_outputs"]

@@ -58,7 +58,7 @@ class Program:
         self.loss = BatchLoss(loss) if compiled.estimator.credit == "batch" else SampleLoss(loss)
         self.sigmas = resolve_sigmas(compiled.estimator.sigma, compiled.sites)
         self.next_probe = 0
-        self.next_calibration = self._planned_calibration = 0
+        self.next_calibration = 0
         self.executor = SerialExecutor(compiled, self.sigmas)
         results = [node for output, node in outputs(compiled.graph) if output.kind == "output"]
         self._layouts = [node.meta.get("layout") if isinstance(node, fx.Node) else None for node in results]
@@ -96,7 +96,7 @@ class Program:
         try:
             with torch.no_grad():
                 calibrates = self.compiled.estimator.sigma == "auto" and self.step_count >= self.next_calibration
-                spent = self._measure_sigmas(given) if calibrates else 0.0
+                spent, due = self._measure_sigmas(given) if calibrates else (0.0, self.next_calibration)
                 result = self.executor.run(given)
         except BaseException as error:
             self.sigmas[:] = sigmas
@@ -106,9 +106,8 @@ class Program:
                 raise OutOfMemoryError(suggest_chunk(self.compiled, given.samples, given.device)) from error
             raise
         self._commit(result, given, parameters, buffers)
-        if calibrates:
-            self.next_calibration = self._planned_calibration
-            self.forwards += spent * given.samples
+        self.next_calibration = due
+        self.forwards += spent * given.samples
         return result.losses.mean()
 
     @torch.inference_mode(False)
@@ -245,16 +244,15 @@ class Program:
         )
         return given, parameters, buffers
 
-    def _measure_sigmas(self, given: StepInput) -> float:
-        """Take σ from the batch at hand; returns the perturbed forwards a sample that it took."""
+    def _measure_sigmas(self, given: StepInput) -> tuple[float, int]:
+        """Take σ from the batch at hand; the perturbed forwards a sample that it took, and the step to do so again."""
         found, spent = measure(self.executor, given)
         told = {index: one.sigma for index, one in found.items() if math.isfinite(one.sigma)}
         for index, sigma in told.items():
             self.sigmas[index] = sigma
         every = CALIBRATE_EVERY if len(told) == len(found) else REMEASURE_AFTER
-        self._planned_calibration = self.step_count + every
         given.environment["runtime:sigmas"].copy_(torch.tensor(self.sigmas, dtype=torch.float64))
-        return spent
+        return spent, self.step_count + every
 
     def _environment(
         self, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor], leaves: list[Any], device: torch.device
