@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..passes.key_random_operations import key_random_operations
 from ..passes.locate_samples import locate_samples
 from ..passes.mask_noise import mask_noise
 from ..passes.perturb_weights import perturb_weights, weight_gradients
+from ..passes.reuse_values import reuse_values
 from ..passes.separate_outputs import separate_outputs
 from ..passes.tie_blocks import tie_blocks
 from ..passes.trace_gradients import trace_gradients
@@ -31,7 +32,7 @@ from .capture import CapturedModel, as_call, capture
 from .estimator import LikelihoodRatio
 from .feedback_size import resolve_rank
 from .probe import probe_copies, probe_samples
-from .program import CompiledModel, PassRecord
+from .program import CompiledModel, PassRecord, binding_key
 from .segments import resolve_reach, resolve_segments
 from .site_options import resolve_blocks, resolve_groups, resolve_noise_on
 from .verify import verify
@@ -48,12 +49,41 @@ def compile_model(model: nn.Module, example_inputs: Any, estimator: LikelihoodRa
     started = time.perf_counter()
     captured = capture(model, example_inputs)
     history = [PassRecord("capture", captured.module, time.perf_counter() - started)]
-    feedback, alive = estimator.feedback == "learned", estimator.placement == "alive"
-
     _run_passes(history, [("key_random_operations", key_random_operations), ("locate_samples", locate_samples)])
     values = _example_values(history[-1].module, model, captured, example_inputs)
     located, mixes_samples = _probe(history[-1].module, values, model, captured)
     history[-1] = PassRecord("locate_samples", located, history[-1].seconds)
+    return _compile_located(captured, history, values, mixes_samples, estimator)
+
+
+def recompile(compiled: CompiledModel, estimator: LikelihoodRatio, bound: Mapping[str, Any]) -> CompiledModel:
+    """The captured model of `compiled`, compiled for another estimator; neither the module nor a capture is needed.
+
+    Args:
+        compiled: any program of the model; what no estimator changes is shared with it.
+        estimator: the settings of the new program.
+        bound: parameters, buffers, constants, inputs of any batch size, and ``runtime:key``, by binding key: two runs
+            on them show whether copies can stand side by side.
+
+    Raises:
+        UnsupportedModelError, OptionError: see `compile_model`.
+    """
+    number = next(n for n, record in enumerate(compiled.history) if record.name == "locate_samples")
+    history = list(compiled.history[: number + 1])
+    found = {node: bound[binding_key(node)] for node in placeholders(history[-1].module)}
+    values = {n: value.clone() if n.meta["role"] == Role.BUFFER else value for n, value in found.items()}
+    return _compile_located(compiled.captured, history, values, compiled.mixes_samples, estimator)
+
+
+def _compile_located(
+    captured: CapturedModel,
+    history: list[PassRecord],
+    values: dict[fx.Node, Any],
+    mixes_samples: str,
+    estimator: LikelihoodRatio,
+) -> CompiledModel:
+    """The passes that an estimator has a say in, behind those that find the samples; `values` are of placeholders."""
+    feedback, alive = estimator.feedback == "learned", estimator.placement == "alive"
     if mixes_samples and estimator.credit == "sample":
         raise UnsupportedModelError(
             f"{mixes_samples} mixes the samples of a batch, so a sample's loss does not belong to its own noise alone. "
@@ -82,7 +112,9 @@ def compile_model(model: nn.Module, example_inputs: Any, estimator: LikelihoodRa
     rank = resolve_rank(history[-1].module, at_points, estimator) if at_points else None
 
     started = time.perf_counter()
-    vjps = trace_gradients(history[-1].module, capture=estimator.capture)
+    reuses = alive and not estimator.recompute
+    vjps = trace_gradients(history[-1].module, capture=estimator.capture, values=reuses)
+    vjps = {index: reuse_values(vjp) for index, vjp in vjps.items()} if reuses else vjps
     vjps |= weight_gradients(history[-1].module, noise=estimator.noise, score=estimator.score)
     history.append(PassRecord("trace_gradients", history[-1].module, time.perf_counter() - started))
     masks: list[tuple[str, GraphPass]] = [("mask_noise", mask_noise)]

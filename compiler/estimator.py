@@ -90,6 +90,9 @@ class LikelihoodRatio:
             are largest; **biased** by what lies outside them. All outputs if there are no more than that. None: all
             outputs if the Jacobians fit `feedback_memory`, else as many directions as do, 64 at most.
         feedback_memory: with feedback, MiB that the Jacobians may take; more is refused.
+        recompute: what a gradient subgraph reads of the activations between its operands and its frontier (inside a
+            segment or within its reach). False: the clean run's, captured. True: computed again from the operands, less
+            memory for up to one more forward. Only ``placement="alive"`` has a choice.
         trust: with feedback, whether each site's step is scaled by how well its predictions explain fresh copies
             (`Program.trust`; `Trainer` applies it).
         credit: ``"sample"`` attributes each sample's loss to its own noise. ``"batch"`` takes one loss for the whole
@@ -122,6 +125,7 @@ class LikelihoodRatio:
     blocks: int | str | Mapping[str, int] = 1
     rank: int | None = None
     feedback_memory: int = 512
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for kind, value, known in (
@@ -163,6 +167,8 @@ class LikelihoodRatio:
             raise OptionError(
                 f'placement="alive" keeps exact captures of the clean run; capture={self.capture!r} cannot.'
             )
+        if self.recompute and self.placement != "alive":
+            raise OptionError('recompute=True: with placement="operation" nothing is captured beyond the operands.')
         if "rank-one" in _values(self.noise_on) and self.noise != "rademacher":
             raise OptionError(f'noise_on="rank-one" multiplies signs: it needs noise="rademacher", not {self.noise!r}.')
         self._check_blocks()

@@ -6,7 +6,7 @@ from . import models
 from .api import compile
 from .compiler.estimator import LikelihoodRatio
 from .passes import errors
-from .runtime.calibration import Calibration
+from .runtime.calibration.record import Calibration
 from .runtime.history import EpochRecord, History
 from .runtime.program import Program
 from .runtime.trainer import Trainer

@@ -9,7 +9,7 @@ from torch import nn
 from .compiler.driver import compile_model
 from .compiler.estimator import LikelihoodRatio
 from .passes.errors import OptionError, unknown_name
-from .runtime.calibration import Calibration
+from .runtime.calibration.record import Calibration
 from .runtime.loss import Loss
 from .runtime.program import Program
 
@@ -21,6 +21,7 @@ def compile(
     loss: Loss,
     estimator: LikelihoodRatio | Calibration | str | None = None,
     seed: int = 0,
+    workers: int = 1,
 ) -> Program:
     """Compile `model` into a program that trains it without a backward pass.
 
@@ -35,6 +36,9 @@ def compile(
             measures what it needs while it trains; a `Calibration` is what was measured and chosen before
             (`Program.calibrate`).
         seed: seed of all noise.
+        workers: CPU threads that share a step's gradient subgraphs and perturbed runs (`runtime.threads`); torch's own
+            threads are divided among them. With more than one, the first steps measure whether that is faster, and the
+            faster way is kept; the result's bits do not depend on it.
 
     Raises:
         onward.errors.OnwardError: the model, an option or the example cannot work, or the calibration is of another
@@ -55,6 +59,10 @@ def compile(
         )
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise OptionError(f"seed={seed!r}: it has to be an integer of 64 bits.")
+    if type(workers) is not int or workers < 1:
+        raise OptionError(f"workers={workers!r}: the threads of a step are a number from 1 on.")
     if isinstance(estimator, Calibration):
-        return Program(model, estimator.compile(model, example_inputs), loss, seed)
-    return Program(model, compile_model(model, example_inputs, estimator or LikelihoodRatio()), loss, seed)
+        compiled = estimator.compile(model, example_inputs)
+    else:
+        compiled = compile_model(model, example_inputs, estimator or LikelihoodRatio())
+    return Program(model, compiled, loss, seed, workers=workers)

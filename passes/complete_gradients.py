@@ -92,7 +92,9 @@ def complete_gradient(
         for own in (user for user in ends[name].users if "returned" in user.meta):
             cotangent = graph.call_function(_aten.add.Tensor, (cotangent, _at_output(graph, own)))
         cotangent.meta["val"] = place.meta.get("val")
-        mapping[place] = graph.call_function(_aten.to.dtype, (cotangent, place.meta["val"].dtype))
+        dtype = place.meta["val"].dtype
+        same = source == "feedback" and error_like(graph_module.graph).dtype == dtype  # losses may have any
+        mapping[place] = cotangent if same else graph.call_function(_aten.to.dtype, (cotangent, dtype))
     for node in vjp.graph.nodes:
         if node.op == "call_function":
             mapping[node] = graph.node_copy(node, mapping.__getitem__)
@@ -134,7 +136,6 @@ def _cotangent(
     point = site if point is None else point
     number, coarse = point.index, point.grid if point.blocks else layout
     where = (list(coarse.sizes), coarse.dim, coarse.outer)
-    blocks = (list(layout.sizes), layout.dim, layout.outer, list(point.blocks))
     terms = []
     if source in ("noise", "corrected"):
         key = add_runtime_placeholder(graph, "key", None)
@@ -145,7 +146,7 @@ def _cotangent(
             draws = add_runtime_placeholder(graph, "draws", None)
             term = graph.call_function(ops.weighted_noise_sum, (weights, draws, key, number, noise, score, *where))
         if point.blocks:
-            counts = graph.call_function(ops.count_blocks, (term, alive, *blocks))
+            counts = graph.call_function(ops.count_blocks, (term, alive, *_of_blocks(point)))
             counts = graph.call_function(_aten.clamp_min.default, (counts, 1))
             term = graph.call_function(_aten.div.Tensor, (term, counts))
         terms.append(term)
@@ -156,7 +157,26 @@ def _cotangent(
         rows = graph.call_function(_aten.mm.default, (error, graph.call_function(_aten.t.default, (jacobian,))))
         terms.append(from_rows(graph, rows, coarse))
     value = terms[0] if len(terms) == 1 else graph.call_function(_aten.add.Tensor, tuple(terms))
-    return graph.call_function(ops.spread_blocks, (value, *blocks)) if point.blocks else value
+    return _spread(graph, value, point) if point.blocks else value
+
+
+def _of_blocks(point: Site) -> tuple[list[int], int, int, list[int]]:
+    layout = point.layout
+    return list(layout.sizes), layout.dim, layout.outer, list(point.blocks)
+
+
+def _spread(graph: fx.Graph, value: fx.Node, point: Site) -> fx.Node:
+    """One element a block to one a coordinate; by views alone where blocks are whole and the samples come first."""
+    layout, extents, blocks = point.layout, point.layout.extents, point.blocks
+    if layout.dim or layout.outer > 1 or any(extent % block for extent, block in zip(extents, blocks, strict=True)):
+        return graph.call_function(ops.spread_blocks, (value, *_of_blocks(point)))
+    opened, whole = [-1], [-1]
+    for extent, block in zip(extents[1:], blocks[1:], strict=True):  # the first is `outer`, of one
+        opened += [extent // block, 1]
+        whole += [extent // block, block]
+    value = graph.call_function(_aten.reshape.default, (value, opened))
+    value = graph.call_function(_aten.expand.default, (value, whole))
+    return graph.call_function(_aten.reshape.default, (value, [-1, *layout.sizes[1:]]))
 
 
 def _error(graph: fx.Graph, whole: fx.Graph, rank: int | None) -> fx.Node:
@@ -186,14 +206,13 @@ def from_rows(graph: fx.Graph, rows: fx.Node, layout: Layout) -> fx.Node:
     """``(N, elements a sample)`` brought to the shape of a clean tensor of this layout."""
     before, after = list(layout.sizes[: layout.dim]), list(layout.sizes[layout.dim + 1 :])
     inner = layout.sizes[layout.dim] // layout.outer
-    parts = [-1, *before, layout.outer, inner, *after]
-    value = graph.call_function(_aten.reshape.default, (rows, parts))
-    if layout.dim or layout.outer > 1:
-        value = graph.call_function(_aten.movedim.int, (value, 0, layout.dim + 1))
+    if not layout.dim and layout.outer == 1:
+        return rows if len(after) == inner == 1 else graph.call_function(_aten.reshape.default, (rows, [-1, *after]))
+    value = graph.call_function(_aten.reshape.default, (rows, [-1, *before, layout.outer, inner, *after]))
+    value = graph.call_function(_aten.movedim.int, (value, 0, layout.dim + 1))
     value = graph.call_function(_aten.reshape.default, (value, [*before, -1, *after]))
-    if layout.dim or layout.outer > 1:  # the vjp was traced for a contiguous cotangent
-        value = graph.call_function(_aten.clone.default, (value,), {"memory_format": torch.contiguous_format})
-    return value
+    # the vjp was traced for a contiguous cotangent
+    return graph.call_function(_aten.clone.default, (value,), {"memory_format": torch.contiguous_format})
 
 
 def _decoded(graph: fx.Graph, packed: fx.Node, capture: Capture, node: fx.Node) -> fx.Node:

@@ -3,7 +3,8 @@
 The region alone is differentiated, traced by ``make_fx`` with symbolic batch, functionalised, dead code removed. What
 is left of a convolution or a linear layer is exactly the weight-gradient kernel. Inputs are the operands that the vjp
 really reads (others are dropped: they need no capture), the parameters that it reads, and ``cotangent``, the gradient
-of the loss at the noise point, shaped like the site's output. Outputs are the gradients of the site's parameters.
+of the loss at the noise point, shaped like the site's output. Outputs are the gradients of the site's parameters; with
+`values` also every activation of the region by its node's name, for `reuse_values` to take from the clean run.
 
 Returns the subgraphs by site index; the graph itself is not changed.
 
@@ -29,13 +30,14 @@ from .locate_samples import batch_symbol
 from .rules import Rule, rule_for, uses_batch_statistics
 
 
-def trace_gradients(module: fx.GraphModule, *, capture: str) -> dict[int, fx.GraphModule]:
+def trace_gradients(module: fx.GraphModule, *, capture: str, values: bool = False) -> dict[int, fx.GraphModule]:
     """The vjp of every site; `capture` ``"exact"``, ``"sign"`` or ``"stochastic"`` decides what a norm layer reads.
 
     Sites with noise on their weight have none (`perturb_weights.weight_gradients`).
     """
     nodes = {node.name: node for node in module.graph.nodes}
-    return {site.index: _trace(module, site, nodes, capture) for site in sites(module) if site.weight_noise is None}
+    traced = [site for site in sites(module) if site.weight_noise is None]
+    return {site.index: _trace(module, site, nodes, capture, values) for site in traced}
 
 
 def captures_normalized(site: Site, core: fx.Node, capture: str) -> bool:
@@ -51,12 +53,15 @@ def _last(site: Site, core: fx.Node) -> fx.Node:
     return core if "+" not in site.operation else next(iter(core.users))
 
 
-def _trace(module: fx.GraphModule, site: Site, nodes: dict[str, fx.Node], capture: str) -> fx.GraphModule:
+def _trace(
+    module: fx.GraphModule, site: Site, nodes: dict[str, fx.Node], capture: str, with_values: bool
+) -> fx.GraphModule:
     core = nodes[site.core]
+    computed: tuple[str, ...] = ()
     if captures_normalized(site, core, capture):
         region, operands = _normalized_region(site, core, nodes)
     else:
-        region, operands = _copied_region(site, nodes)
+        region, operands, computed = _copied_region(site, nodes, with_values)
     values = [nodes[name].meta["val"] for name in operands]
     parameters = [
         next(n for n in nodes.values() if n.op == "placeholder" and n.meta.get("target") == target
@@ -73,19 +78,21 @@ def _trace(module: fx.GraphModule, site: Site, nodes: dict[str, fx.Node], captur
         # autograd.grad and not torch.func.vjp, whose wrappers read sizes as integers and so would fix the batch size
         leaves = [weight.detach().requires_grad_() for weight in weights]
         with torch.enable_grad():
-            results = region(*values, *leaves)
+            results, inside = region(*values, *leaves)
         pairs = [pair for pair in zip(results, cotangents, strict=True) if pair[0].requires_grad]
         if not pairs:
             return (None,) * len(leaves)
-        return torch.autograd.grad([p[0] for p in pairs], leaves, [p[1] for p in pairs], allow_unused=True)
+        found = torch.autograd.grad([p[0] for p in pairs], leaves, [p[1] for p in pairs], allow_unused=True)
+        return *found, *inside
 
     with mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention counts as random, and is not core ATen
         cotangents = [torch.empty_like(end, memory_format=torch.contiguous_format) for end in ends]
         traced = make_fx(gradient, _DECOMPOSED, _allow_non_fake_inputs=True)(cotangents, values, weights)
     _check_symbolic(batch, core)
     _functionalize(traced)
+    _cancel_transposes(traced)
     traced.graph.eliminate_dead_code()
-    return _normal_form(traced, site, operands, [nodes[name] for name in operands], parameters, core)
+    return _normal_form(traced, site, operands, [nodes[name] for name in operands], parameters, core, computed)
 
 
 def _pad(x: Tensor, pad: Sequence[int], value: float = 0) -> Tensor:
@@ -133,6 +140,14 @@ def _functionalize(module: fx.GraphModule) -> None:
     module.recompile()
 
 
+def _cancel_transposes(module: fx.GraphModule) -> None:
+    """``x.t().t()`` is x: what derivatives of linear layers are full of."""
+    transpose = torch.ops.aten.t.default
+    for node in module.graph.nodes:
+        if node.target == transpose and node.args[0].target == transpose:
+            node.replace_all_uses_with(node.args[0].args[0])
+
+
 def _after(node: fx.Node) -> set[fx.Node]:
     later = set()
     current = node.next
@@ -142,8 +157,11 @@ def _after(node: fx.Node) -> set[fx.Node]:
     return later
 
 
-def _copied_region(site: Site, nodes: dict[str, fx.Node]) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """The region as a function ``(*operands, *parameters) -> values at the frontier``, and its operands' names.
+def _copied_region(
+    site: Site, nodes: dict[str, fx.Node], with_values: bool
+) -> tuple[fx.GraphModule, tuple[str, ...], tuple[str, ...]]:
+    """The region as a function ``(*operands, *parameters) -> (values at the frontier, values inside)``, and the names
+    of its operands and of the values inside: the activations that it computes, if they are asked for.
 
     Behind the region parameters are operands like any other value: also one that the site itself reads (a tied weight)
     is differentiated only where this site reads it, since its other reader has a subgraph of its own. So is a node at
@@ -166,12 +184,17 @@ def _copied_region(site: Site, nodes: dict[str, fx.Node]) -> tuple[fx.GraphModul
             known = inner if node in behind else inner | (members - own)
             sources = {n: mapping[n] if n in known else given[n] for n in node.all_input_nodes}
             mapping[node] = graph.node_copy(node, sources.__getitem__)
-    graph.output(tuple(mapping[nodes[name]] for name in site.ends))
-    return fx.GraphModule({}, graph), tuple(node.name for node in operands)
+    inside = [
+        node
+        for node in mapping
+        if with_values and node.meta.get("kind") == Kind.ACTIVATION and isinstance(node.meta["val"], Tensor)
+    ]
+    graph.output((tuple(mapping[nodes[name]] for name in site.ends), tuple(mapping[node] for node in inside)))
+    return fx.GraphModule({}, graph), tuple(node.name for node in operands), tuple(node.name for node in inside)
 
 
 def _normalized_region(site: Site, core: fx.Node, nodes: dict[str, fx.Node]) -> tuple[Any, tuple[str, ...]]:
-    """``(x̂, *parameters) -> z``; x̂ has the shape of the site's output, whose name stands for it."""
+    """``(x̂, *parameters) -> (z,), ()``; x̂ has the shape of the site's output, whose name stands for it."""
     rule: Rule = rule_for(core.target)
     assert rule.affine is not None
     affine = rule.affine
@@ -186,8 +209,8 @@ def _normalized_region(site: Site, core: fx.Node, nodes: dict[str, fx.Node]) -> 
         given = dict(zip(site.parameters, parameters, strict=True))
         values = [given[target] for target in ordered]
         if len(values) == 2:
-            return (affine(x, *values),)
-        return (affine(x, values[0], None) if first_is_gamma else affine(x, None, values[0]),)
+            return (affine(x, *values),), ()
+        return (affine(x, values[0], None) if first_is_gamma else affine(x, None, values[0]),), ()
 
     return region, (site.output,)
 
@@ -199,6 +222,7 @@ def _normal_form(
     operand_nodes: list[fx.Node],
     parameters: list[fx.Node],
     core: fx.Node,
+    computed: tuple[str, ...],
 ) -> fx.GraphModule:
     """Name the traced placeholders, drop those that are not read, and describe the outputs."""
     graph = traced.graph
@@ -233,7 +257,7 @@ def _normal_form(
     results = graph.output_node().args[0]
     assert isinstance(results, (tuple, list))
     gradients = []
-    for target, result in zip(site.parameters, results, strict=True):
+    for target, result in zip(site.parameters, results[: len(site.parameters)], strict=True):
         if not isinstance(result, fx.Node) or not any(_depends_on(result, c) for c in places[: len(site.ends)]):
             raise UnreachedParameterError(
                 f"the parameter {target!r} has no local derivative at {describe(core)}: on its way there it passes an "
@@ -241,6 +265,8 @@ def _normal_form(
                 "untrained. Freeze it, or keep the operation without derivative on the activations."
             )
         gradients.append((Output("gradient", target), mapping[result]))
+    inside = results[len(site.parameters) :]
+    gradients += [(Output("value", n), mapping[v]) for n, v in zip(computed, inside, strict=True)]
     clean.output(tuple(value for _, value in gradients))
     module = fx.GraphModule(traced, clean)
     set_outputs(module, gradients)

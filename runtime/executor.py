@@ -1,8 +1,14 @@
-"""The serial executor: one action after the other. Simple and exact, the reference for every other executor."""
+"""The serial executor: one action after the other. Simple and exact, the reference for every other executor.
+
+What an action does is a method of `Step`, the state of a step in progress. Each reads what the actions wrote that its
+task waits for (`tasks`), and writes what no other does at the same time, so that they may run in any such order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +22,7 @@ from ..passes.separate_outputs import returned
 from .feedback import FeedbackState, Probe, learn
 from .narrow import narrow
 from .output_gradient import OutputGradient
-from .plan import Error, Forward, Gradient, Learn, Perturb, chunks, make_plan
+from .plan import Action, Error, Forward, Gradient, Learn, Perturb, chunks, make_plan
 
 Environment = dict[str, Any]
 
@@ -56,12 +62,21 @@ class StepInput:
     """Whether the copies run; with learned feedback a step can do without (`LikelihoodRatio.probe_every`)."""
 
 
+Record = Callable[[str, int, float, float], None]
+"""``(action, worker, start, end)``, the times being those of ``time.perf_counter``, in seconds."""
+
+
 class SerialExecutor:
-    """Runs the plan of a compiled model action by action, on whatever device its tensors are."""
+    """Runs the plan of a compiled model action by action, on whatever device its tensors are.
+
+    Attributes:
+        record: told of every action that was done, if not None.
+    """
 
     def __init__(self, compiled: CompiledModel, sigmas: list[float]) -> None:
         self.compiled = compiled
         self.sigmas = sigmas
+        self.record: Record | None = None
         self.plan = make_plan(compiled)
         self.clean_plan = make_plan(compiled, perturbed=False)
         self.copies = [
@@ -75,17 +90,38 @@ class SerialExecutor:
         self.returned = [index for index, _ in returned(compiled.graph.graph)] if learns else []
         self.corrects = any(g.source == "corrected" for g in compiled.gradients)
         self.gradients = {g.site.index: (_Callable(g.module), g) for g in compiled.gradients}
+        self.readers = [
+            {g.site.index for g in compiled.gradients if g.per_copy and g.run == run.index} for run in compiled.runs
+        ]
+        """By run, the sites whose gradients read captures of the copies' own."""
+
+    def threads(self) -> AbstractContextManager[None]:
+        """With the intra-op threads of this executor's operations, for all that belongs to a step."""
+        return nullcontext()
 
     def run(self, given: StepInput) -> StepResult:
         """One step; raises NonFiniteLossError, and whatever the loss raises."""
-        step = _Step(self, given)
-        for action in self.plan if given.perturbed else self.clean_plan:
-            _HANDLERS[type(action)](step, action)
+        step = Step(self, given)
+        self.execute(step, self.plan if given.perturbed else self.clean_plan)
         return step.result
+
+    def execute(self, step: Step, plan: Sequence[Action]) -> None:
+        """Do the actions of a plan, in its order."""
+        for action in plan:
+            self.do(step, action, 0)
+
+    def do(self, step: Step, action: Action, worker: int) -> None:
+        """Do one action."""
+        if self.record is None:
+            _HANDLERS[type(action)](step, action)
+            return
+        started = time.perf_counter()
+        _HANDLERS[type(action)](step, action)
+        self.record(str(action), worker, started, time.perf_counter())
 
     def run_clean(self, given: StepInput) -> Environment:
         """All values of the clean run, its losses checked; `given` stays as it is. Raises as `run`."""
-        step = _Step(self, replace(given, environment=dict(given.environment)))
+        step = Step(self, replace(given, environment=dict(given.environment)))
         for stage in range(len(self.stages)):
             step.forward(Forward(stage))
         step.evaluate(Error())
@@ -116,7 +152,7 @@ class _Callable:
         return dict(zip(self.outputs, self.forward(*arguments), strict=True))
 
 
-class _Step:
+class Step:
     """The state of a step in progress; one method an action."""
 
     def __init__(self, executor: SerialExecutor, given: StepInput) -> None:
@@ -124,9 +160,12 @@ class _Step:
         self.compiled, self.estimator = executor.compiled, executor.compiled.estimator
         self.environment = given.environment
         self.environment["runtime:copies"] = executor.clean_copies
-        self.perturbed: Environment = {}
-        self.losses: dict[int, list[Tensor]] = {run.index: [] for run in self.compiled.runs}
-        self.responses: dict[int, list[Tensor]] = {run.index: [] for run in self.compiled.runs}
+        self.perturbed: dict[tuple[int, int], Environment] = {}
+        """By run and chunk, the captures of its own, until all gradients that read them are done."""
+        self.unread: dict[tuple[int, int], set[int]] = {}
+        """The sites of those gradients."""
+        self.losses: dict[tuple[int, int], Tensor] = {}
+        self.responses: dict[tuple[int, int], Tensor] = {}
         self.corrections: Environment = {}
         self.probed = executor.num_probed(given.samples)
         self.narrowed: dict[int, Environment] = {}
@@ -171,21 +210,23 @@ class _Step:
 
     def perturb(self, action: Perturb) -> None:
         given, probed = self.given, self.probed
+        at = (action.run, action.chunk)
         runtime: Environment = {"runtime:copies": self.executor.copies[action.run][action.chunk]}
-        self.perturbed = {}  # frees the last chunk's values
-        self.perturbed = self.executor.runs[action.run](runtime, self._read_by(action.run))
-        self.perturbed.update(runtime)
-        leaves = output_leaves(self.perturbed)
+        found = self.executor.runs[action.run](runtime, self._read_by(action.run))
+        readers = self.executor.readers[action.run]
+        if readers:
+            self.perturbed[at], self.unread[at] = {**found, **runtime}, set(readers)
+        leaves = output_leaves(found)
         if self.estimator.feedback == "learned":
             shown = [leaves[index] for index in self.executor.returned]
             response = torch.cat([leaf.reshape(len(action.copies), probed, -1) for leaf in shown], 2)
             self._check(response.sum(2), action, "output")
-            self.responses[action.run].append(response)
+            self.responses[at] = response
             if not self.executor.corrects:
                 return
         losses = given.loss(leaves, len(action.copies), probed)
         self._check(losses, action, "loss")
-        self.losses[action.run].append(losses)
+        self.losses[at] = losses
 
     def learn(self, action: Learn) -> None:
         run = self.compiled.runs[action.run]
@@ -194,13 +235,13 @@ class _Step:
         sites = [self.compiled.sites[index] for index in run.sites]
         clean = self._read_by(action.run)
         alive = {site.index: clean.get(f"value:{run.alive.get(site.index)}") for site in sites}
-        response = self._differences(self.responses[action.run]) / 2
+        response = self._differences(self._in_order(self.responses, action.run)) / 2
         probe = Probe(
             response, self.error[: self.probed], alive, self.executor.draws[action.run], self.environment["runtime:key"]
         )
         self.result.feedback, predicted = learn(state, probe, sites, self.executor.sigmas, self.estimator.noise)
         if self.executor.corrects:
-            observed = self._differences(self.losses[action.run]) / (2 * self.given.samples)
+            observed = self._differences(self._in_order(self.losses, action.run)) / (2 * self.given.samples)
             unexplained = observed - predicted
             for site in run.sites:
                 scale = self.executor.sigmas[site] * len(self.executor.draws[action.run])
@@ -214,9 +255,18 @@ class _Step:
         if description.source == "corrected":
             given.update(self.corrections)
         elif not description.from_clean:
-            given["runtime:weights"] = self._weights(description)
-        sources = (given, self.perturbed, self.environment) if description.per_copy else (given, self.environment)
-        found = subgraph(*sources) if not description.shrunk else self._shrunk(subgraph, action.site, given)
+            given["runtime:weights"] = self._weights(description, action.chunk)
+        if description.per_copy:
+            assert action.chunk is not None
+            at = (description.run, action.chunk)
+            found = subgraph(given, self.perturbed[at], self.environment)
+            self.unread[at].discard(action.site)
+            if not self.unread[at]:
+                self.perturbed.pop(at, None)
+        elif description.shrunk:
+            found = self._shrunk(subgraph, action.site, given)
+        else:
+            found = subgraph(given, self.environment)
         for key, value in found.items():
             name = key.removeprefix("gradient:")
             gradients = self.result.gradients
@@ -266,15 +316,15 @@ class _Step:
             f"{names}{more}. Gradients, buffers and weights are as before the step. A smaller sigma may help."
         )
 
-    def _weights(self, gradient: GradientSubgraph) -> Tensor:
+    def _weights(self, gradient: GradientSubgraph, chunk: int | None) -> Tensor:
         """The losses' weights in the estimate (1), (4), with σ, the mean over copies and over samples divided out."""
         estimator, samples = self.estimator, self.given.samples
         scale = self.executor.sigmas[gradient.site.index] * len(self.executor.draws[gradient.run])
-        losses = self.losses[gradient.run]
+        losses = self._in_order(self.losses, gradient.run, chunk)
         if estimator.credit == "sample":
             scale *= samples
         if gradient.per_copy:
-            weights = (losses[-1] - self.clean) / (scale * (2 if estimator.antithetic else 1))
+            weights = (losses[0] - self.clean) / (scale * (2 if estimator.antithetic else 1))
         elif estimator.antithetic:
             weights = self._differences(losses) / (2 * scale)
         else:
@@ -283,6 +333,11 @@ class _Step:
             return weights  # noise that all samples share is one number's worth of a batch loss
         return weights.expand(-1, samples).contiguous()
 
+    def _in_order(self, by_chunk: dict[tuple[int, int], Tensor], run: int, chunk: int | None = None) -> list[Tensor]:
+        """What the chunks of a run gave, or one of them."""
+        chunks = range(len(self.executor.copies[run])) if chunk is None else (chunk,)
+        return [by_chunk[run, number] for number in chunks]
+
     def _differences(self, losses: list[Tensor]) -> Tensor:
         """ℓ⁺ − ℓ⁻ of every pair (or the outputs' difference), in the order of the draws."""
         if self.compiled.sequential:
@@ -290,12 +345,12 @@ class _Step:
         return torch.cat([plus - minus for plus, minus in (chunk.chunk(2) for chunk in losses)])
 
 
-_HANDLERS: dict[type, Callable[[_Step, Any], None]] = {
-    Forward: _Step.forward,
-    Error: _Step.evaluate,
-    Perturb: _Step.perturb,
-    Learn: _Step.learn,
-    Gradient: _Step.gradient,
+_HANDLERS: dict[type, Callable[[Step, Any], None]] = {
+    Forward: Step.forward,
+    Error: Step.evaluate,
+    Perturb: Step.perturb,
+    Learn: Step.learn,
+    Gradient: Step.gradient,
 }
 
 

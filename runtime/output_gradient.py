@@ -54,7 +54,8 @@ class OutputGradient:
         given = _Given(leaves, spec, target, samples, at)
         graph = self._derivative(given)
         found = self._estimate(given, key) if graph is None else graph(*given.tensors)
-        return losses, torch.cat([each.reshape(samples, -1) for each in found], 1) / samples
+        rows = [each.reshape(samples, -1) for each in found]
+        return losses, (rows[0] if len(rows) == 1 else torch.cat(rows, 1)) / samples
 
     def _derivative(self, given: _Given) -> fx.GraphModule | None:
         """The graph of ``(*tensors) -> gradients at the leaves``; None for a black box."""
@@ -190,6 +191,10 @@ def _trace(loss: SampleLoss, given: _Given, *, free: bool) -> fx.GraphModule | N
         return None
     if any(not _equates_sizes(guard.expr) for guard in mode.shape_env.guards):  # type: ignore[union-attr]
         return None
+    for node in list(graph.graph.nodes):
+        if node.target == torch.ops.aten.detach.default:  # autograd's own bookkeeping; nothing is recorded here
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import traceback
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,14 +14,15 @@ from torch.utils import _pytree as pytree
 
 from ..compiler.probe import copy_of
 from ..compiler.program import CompiledModel
-from ..compiler.site_options import resolve_sigmas
+from ..compiler.site_options import UNMEASURED, resolve_sigmas
 from ..passes.errors import BatchError, CheckpointError, OutOfMemoryError
 from ..passes.graph import Role, outputs, placeholders
 from ..passes.separate_outputs import error_like
 from . import noise as _noise  # noqa: F401  (registers the kernels)
 from . import packing as _packing  # noqa: F401
 from . import weight_noise as _weight_noise  # noqa: F401
-from .calibration import Calibration, calibrate
+from .calibration.choose import calibrate
+from .calibration.record import Calibration
 from .checks import ModelCheck, check_batch, first_without_statistics_of_one
 from .executor import Environment, SerialExecutor, StepInput, StepResult
 from .feedback import FeedbackState, initial_state, probe_interval
@@ -29,6 +31,7 @@ from .loss import BatchLoss, Loss, SampleLoss
 from .memory import is_out_of_memory, suggest_chunk
 from .output_gradient import OutputGradient
 from .targets import num_rows, repeat_target, target_leaves
+from .threads import ThreadedExecutor
 
 
 class Program:
@@ -45,10 +48,11 @@ class Program:
         forwards: perturbed forwards spent, in samples x copies; a suffix counts by its share of the FLOPs.
         clean_forwards: unperturbed forwards spent, in samples.
         sigmas: standard deviation of every site's noise; with ``sigma="auto"`` measured every `CALIBRATE_EVERY` steps.
+        executor: what runs the plan of a step.
         next_probe: with feedback, the step count from which on the next step has a perturbed run.
     """
 
-    def __init__(self, model: nn.Module, compiled: CompiledModel, loss: Loss, seed: int) -> None:
+    def __init__(self, model: nn.Module, compiled: CompiledModel, loss: Loss, seed: int, *, workers: int = 1) -> None:
         self.model = model
         self.compiled = compiled
         self.seed = seed
@@ -59,7 +63,9 @@ class Program:
         self.sigmas = resolve_sigmas(compiled.estimator.sigma, compiled.sites)
         self.next_probe = 0
         self.next_calibration = 0
-        self.executor = SerialExecutor(compiled, self.sigmas)
+        self.executor = (
+            SerialExecutor(compiled, self.sigmas) if workers == 1 else ThreadedExecutor(compiled, self.sigmas, workers)
+        )
         results = [node for output, node in outputs(compiled.graph) if output.kind == "output"]
         self._layouts = [node.meta.get("layout") if isinstance(node, fx.Node) else None for node in results]
         self._buffers = [n.meta["target"] for n in placeholders(compiled.captured.module, Role.BUFFER)]
@@ -94,7 +100,7 @@ class Program:
         given, parameters, buffers = self._bind(inputs, target)
         environment, sigmas = given.environment, list(self.sigmas)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.executor.threads():
                 calibrates = self.compiled.estimator.sigma == "auto" and self.step_count >= self.next_calibration
                 spent, due = self._measure_sigmas(given) if calibrates else (0.0, self.next_calibration)
                 result = self.executor.run(given)
@@ -111,23 +117,38 @@ class Program:
         return result.losses.mean()
 
     @torch.inference_mode(False)
-    def calibrate(self, inputs: Any, target: Any, *, budget: float = 4.0) -> Calibration:
+    def calibrate(
+        self,
+        inputs: Any,
+        target: Any,
+        *,
+        budget: float = 4.0,
+        choose: Collection[str] | None = None,
+        batch_size: int | None = None,
+    ) -> Calibration:
         """Measure the program on a batch and choose settings from it; changes nothing (`runtime.calibration`).
 
         Args:
             inputs, target: a batch, as for `step`; the larger, the surer.
             budget: perturbed forwards a sample and step that the settings may spend on average.
+            choose: what to choose, names of ``("sigma", "placement", "noise_on", "groups", "copies", "correction")``;
+                the rest is held. None: all but those that the estimator sets site by site, and a correction only
+                where every step has copies of every sample anyway.
+            batch_size: samples of a training step, if not those of this batch: in a larger one there is less noise to
+                weigh against a bias.
 
         Returns:
             Settings to print, save, edit and give to `onward.compile` as its estimator.
 
         Raises:
-            CalibrationError: the budget is too small for one pair at every site.
+            CalibrationError: the budget is too small for one pair in every run, all sites perturbed together if need
+                be.
+            UnknownNameError: `choose` has another name; the message shows the nearest.
             BatchError, ModeError, LossShapeError, NonFiniteLossError: as for `step`.
         """
         given, _, _ = self._bind(inputs, target)
-        with torch.no_grad():
-            return calibrate(self.executor, given, budget)
+        with torch.no_grad(), self.executor.threads():
+            return calibrate(self.executor, given, budget, choose, batch_size)
 
     def per_sample_loss(self, output: Any, target: Any) -> Tensor:
         """The loss of an output of the model, ``(N,)``; ``()`` with ``credit="batch"``."""
@@ -246,7 +267,8 @@ class Program:
 
     def _measure_sigmas(self, given: StepInput) -> tuple[float, int]:
         """Take σ from the batch at hand; the perturbed forwards a sample that it took, and the step to do so again."""
-        found, spent = measure(self.executor, given)
+        known = {index: sigma for index, sigma in enumerate(self.sigmas) if sigma != UNMEASURED}
+        found, spent = measure(self.executor, given, known if self.next_calibration else {})
         told = {index: one.sigma for index, one in found.items() if math.isfinite(one.sigma)}
         for index, sigma in told.items():
             self.sigmas[index] = sigma

@@ -30,16 +30,29 @@ COMMON = {
     "--model-option", "--data", "--alr", "--noise", "--score", "--capture", "--groups", "--copies", "--sigma",
     "--antithetic", "--no-antithetic", "--chunk", "--credit", "--placement", "--noise-on", "--feedback", "--correction",
     "--reach", "--segments", "--probe", "--probe-every", "--blocks", "--rank", "--feedback-memory", "--calibration",
-    "--warmup", "--trust", "--no-trust", "--seed", "--device", "--threads", "--debug",
+    "--recompute", "--warmup", "--trust", "--no-trust", "--seed", "--device", "--threads", "--debug",
 }  # fmt: skip
 TRAIN = {
     "--model", "--epochs", "--batch-size", "--lr", "--optimizer", "--compare-bp", "--directory", "--resume",
-    "--checkpoint-every", "--tensorboard", "--json", "--quiet", "-q",
+    "--workers", "--checkpoint-every", "--tensorboard", "--json", "--quiet", "-q",
 }  # fmt: skip
 OPTIONS = {
     "train": TRAIN | COMMON,
     "compile": {"--output", "-o", "--force"} | COMMON,
-    "inspect": {"--pass", "--format", "-f", "--output", "-o", "--rules", "--calibrate", "--budget"} | COMMON,
+    "inspect": {
+        "--pass",
+        "--format",
+        "-f",
+        "-o",
+        "--output",
+        "--rules",
+        "--calibrate",
+        "--budget",
+        "--choose",
+        "--schedule",
+        "--workers",
+    }
+    | COMMON,
     "models": set(),
     "data": set(),
 }
@@ -328,6 +341,34 @@ def test_inspect_pass_and_rules():
     assert "any other operation" in call("inspect", "--rules").output
 
 
+def test_inspect_schedule(tmp_path):
+    tiny = ("inspect", "mlp", "--model-option", "hidden=(16,16)", "--schedule")
+    output = call(*tiny, "--workers", 3).stdout
+    assert max(map(len, output.splitlines())) <= 100
+    for word in ("with a perturbed run", "waits for", "critical path", "lower bound", "simulated", "F0 → F1"):
+        assert word in output
+    exact = call("inspect", "mlp", "--model-option", "hidden=(16,)", "--schedule").stdout  # has nothing to perturb
+    assert "P0.0" not in exact
+    assert "G1" in exact
+    data = json.loads(call(*tiny, "-f", "json", "--groups", "layerwise", "--copies", 2).stdout)
+    assert data["model"] == "mlp"
+    (step,) = data["steps"]
+    assert [task["name"] for task in step["tasks"]] == ["F0", "F1", "F2", "E"] + [
+        name for site in range(3) for name in (f"P{site}.0", f"G{site}")
+    ]
+    assert step["tasks"][3]["after"] == ["F2"]
+    assert step["critical_seconds"] <= step["total"]
+    assert [one["workers"] for one in step["workers"]] == [1, 2, 4, 8]
+    file = tmp_path / "step"
+    assert call(*tiny, "-f", "svg", "-o", file).stdout == ""
+    assert ElementTree.fromstring(file.read_text()).tag.endswith("svg")
+    assert call(*tiny, "-f", "chrome", "-o", file).stdout == ""
+    events = json.loads(file.read_text())["traceEvents"]
+    assert {"F0", "P0.0", "worker 1", "without a perturbed run, simulated on 2 workers"} <= {
+        name for event in events for name in (event["name"], event["args"].get("name"))
+    }
+
+
 @pytest.mark.parametrize(("factory", "word"), [("Unused", "spare.weight"), ("Branching", "if x.sum() > 0")])
 def test_inspect_says_why_a_model_does_not_compile(factories, factory, word):
     result = call("inspect", f"{factories}:{factory}", code=1)
@@ -367,6 +408,12 @@ def test_inspect_says_why_a_model_does_not_compile(factories, factory, word):
         (("inspect", "mlp", "--pass", "insert_nois"), "Did you mean 'insert_noise'?"),
         (("inspect", "mlp", "--format", "pyton"), "Did you mean 'python'?"),
         (("inspect", "mlp", "-o", "/dev/null/x"), "cannot write /dev/null/x"),
+        (("inspect", "mlp", "--workers", "2"), "is of --schedule"),
+        (("inspect", "mlp", "--schedule", "--workers", "0"), "at least one worker"),
+        (("inspect", "mlp", "--schedule", "--calibrate"), "--calibrate is another question"),
+        (("inspect", "mlp", "--schedule", "--pass", "capture"), "--pass capture is another question"),
+        (("inspect", "mlp", "--schedule", "--format", "dot"), "one of text, svg, json, chrome"),
+        (("inspect", "mlp", "--format", "chrome"), "needs --schedule"),
         (("inspect",), "needs a model"),
         (("inspect", "no_such_module:factory"), "cannot be imported"),
     ],

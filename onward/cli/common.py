@@ -19,7 +19,7 @@ from ..compiler.estimator import SEGMENTS, LikelihoodRatio
 from ..compiler.program import CompiledModel
 from ..models import Dataset, build_for, load
 from ..passes.errors import OptionError
-from ..runtime.calibration import Calibration
+from ..runtime.calibration.record import Calibration
 from .options import Common
 from .recipes import AUTO, PLAIN, Recipe, recipe_for
 
@@ -87,6 +87,7 @@ def make_estimator(common: Common) -> LikelihoodRatio | Calibration:
         "trust": common.trust,
         "rank": common.rank,
         "feedback_memory": common.feedback_memory,
+        "recompute": common.recompute or None,
     }
     settings = {key: value for key, value in given.items() if value is not None}
     if common.calibration is not None:

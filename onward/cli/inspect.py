@@ -32,11 +32,12 @@ from ..runtime.plan import format_plan, make_plan
 from ..runtime.program import Program
 from .common import compile_setup, set_up, to_json
 from .options import MODEL_HELP, Common, with_common
+from .schedule import check_schedule, record_schedule, render_schedule
 
 CALIBRATION_SAMPLES = 128
 """Samples of the training data that ``--calibrate`` measures on."""
 
-FORMATS = ("text", "python", "dot", "svg", "json")
+FORMATS = ("text", "python", "dot", "svg", "json", "chrome")
 
 
 @with_common
@@ -58,7 +59,8 @@ def inspect(
             "--format",
             "-f",
             metavar="FORMAT",
-            help="text; python: runnable source; dot: for Graphviz; svg: a drawing; json: everything as data.",
+            help="text; python: runnable source; dot: for Graphviz; svg: a drawing; json: everything as data; chrome: "
+            "with --schedule, a trace for Perfetto or chrome://tracing.",
         ),
     ] = "text",
     output: Annotated[Path | None, Option("--output", "-o", metavar="FILE", help="Write to a file.")] = None,
@@ -76,6 +78,26 @@ def inspect(
             "[dim]\\[default: 4][/dim]"
         ),
     ] = None,
+    choose: Annotated[
+        str | None,
+        Option(
+            metavar="NAMES",
+            help="With --calibrate, what to choose, the rest being held: sigma, placement, noise_on, groups, copies, "
+            "correction, separated by commas. [dim]\\[default: all that no option sets site by site][/dim]",
+        ),
+    ] = None,
+    schedule: Annotated[
+        bool,
+        Option(
+            "--schedule",
+            help="Run some steps and show their tasks: times, what waits for what, the critical path, how short a step "
+            "could be on several workers.",
+        ),
+    ] = False,
+    workers: Annotated[
+        int | None,
+        Option(help="With --schedule, workers that share a step. [dim]\\[default: 2][/dim]"),
+    ] = None,
     rules: Annotated[
         bool, Option("--rules", help="Print the support matrix: what is special about which operation.")
     ] = False,
@@ -92,14 +114,19 @@ def inspect(
 
       onward inspect resnet5 --calibrate -o resnet5.json
 
+      onward inspect resnet5 --schedule --format svg -o step.svg
+
       onward inspect my_package.nets:build --capture sign --format svg -o graph.svg
     """
     if format_ not in FORMATS:
         raise unknown_name("format", format_, FORMATS)
     if budget is not None and not calibrates:
         raise OptionError(f"--budget {budget:g} is what --calibrate may spend; inspect alone spends nothing.")
+    if choose is not None and not calibrates:
+        raise OptionError(f"--choose {choose} is what --calibrate may choose; inspect alone chooses nothing.")
     if calibrates and (pass_ is not None or format_ != "text"):
         raise OptionError("--calibrate shows a table and writes JSON (-o); --pass and --format are of inspect alone.")
+    check_schedule(schedule, workers, format_, pass_, calibrates)
     if output is not None:
         check_writable(output)
     if rules:
@@ -125,11 +152,19 @@ def inspect(
     if calibrates:
         inputs, target = (tensor[:CALIBRATION_SAMPLES] for tensor in setup.dataset.train.tensors)
         calibration = Program(setup.model, compiled, F.cross_entropy, common.seed).calibrate(
-            inputs, target, budget=4.0 if budget is None else budget
+            inputs,
+            target,
+            budget=4.0 if budget is None else budget,
+            choose=None if choose is None else [name.strip() for name in choose.split(",")],
+            batch_size=setup.recipe.batch_size,
         )
         Console(width=None if sys.stdout.isatty() else 120).print(calibration.table(), highlight=False)
         if output is not None:
             calibration.save(output)
+        return
+    if schedule:
+        recorded = record_schedule(setup, compiled, workers, common.seed)
+        _emit(render_schedule(recorded, model, format_), format_, output)
         return
     _emit(render(compiled, model, format_, pass_), format_, output)
 

@@ -234,6 +234,15 @@ class Common:
             rich_help_panel=_FEEDBACK,
         ),
     ] = None
+    recompute: Annotated[
+        bool,
+        Option(
+            "--recompute",
+            help="Compute activations inside a segment, or within its reach, again from its inputs: less memory, more "
+            "time.",
+            rich_help_panel=_FEEDBACK,
+        ),
+    ] = False
     trust: Annotated[
         bool | None,
         Option(

@@ -1,0 +1,219 @@
+"""The executor of CPU threads: the tasks of a step on several workers, wherever none waits for another (`tasks`).
+
+Operations release Python's lock while they compute, so that two workers halve a step whose operations are large, and
+slow down one whose operations are tiny. Which it is gets measured: the first steps are run both ways in turn, and the
+faster way is kept. The result has the same bits either way, since no sum changes its order and every operation uses the
+same number of intra-op threads: torch's own, divided among the workers.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compiler.program import CompiledModel
+from .executor import SerialExecutor, Step
+from .plan import Action
+from .schedule.bounds import priorities
+from .schedule.tasks import Task, make_tasks
+
+TRIALS = 8
+"""Steps that are measured each way, of either kind of step; the first of them warm up."""
+
+
+class ThreadedExecutor(SerialExecutor):
+    """Runs a plan's tasks on `workers` threads, or in their order on the caller's, whichever measures faster.
+
+    Attributes:
+        workers: how many threads.
+        intra_op: threads of torch's operations in each.
+        concurrent: True or False: run the tasks side by side or not; None: as measured.
+
+    A step that fails (an error in a task, a loss that raises, Ctrl-C) waits for the tasks that run, starts no other,
+    and raises what the first of the failed tasks in the plan's order raised. The user's loss is called by one worker at
+    a time. Inside ``torch.autocast``, which belongs to one thread, tasks run on that thread.
+    """
+
+    def __init__(self, compiled: CompiledModel, sigmas: list[float], workers: int) -> None:
+        super().__init__(compiled, sigmas)
+        self.workers = workers
+        self.intra_op = max(1, torch.get_num_threads() // workers)
+        self.concurrent: bool | None = None
+        self._tasks = {
+            perturbed: make_tasks(compiled, plan, in_flight=workers)
+            for perturbed, plan in ((True, self.plan), (False, self.clean_plan))
+        }
+        self._trials = {perturbed: _Trial(tasks) for perturbed, tasks in self._tasks.items()}
+        self._pool: ThreadPoolExecutor | None = None
+        self._process = 0
+
+    def threads(self) -> AbstractContextManager[None]:
+        return _intra_op(self.intra_op)
+
+    def execute(self, step: Step, plan: Sequence[Action]) -> None:
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            super().execute(step, plan)
+            return
+        perturbed = plan is self.plan
+        trial = self._trials[perturbed]
+        concurrent = trial.concurrent() if self.concurrent is None else self.concurrent
+        started = time.perf_counter()
+        if concurrent:
+            self._run_concurrently(step, self._tasks[perturbed], trial.order)
+        elif trial.choice is None:
+            for action, costs in zip(plan, trial.costs, strict=True):
+                begun = time.perf_counter()
+                self.do(step, action, 0)
+                costs.append(time.perf_counter() - begun)
+        else:
+            super().execute(step, plan)
+        trial.tell(concurrent, time.perf_counter() - started)
+
+    def chosen(self, *, perturbed: bool) -> bool | None:
+        """Whether steps with or without a perturbed run go side by side; None while that is being measured."""
+        return self._trials[perturbed].choice if self.concurrent is None else self.concurrent
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None}  # a copy starts threads of its own
+
+    def _run_concurrently(self, step: Step, tasks: Sequence[Task], order: Sequence[float]) -> None:
+        if self._pool is None or self._process != os.getpid():  # threads do not survive a fork
+            self._pool = ThreadPoolExecutor(self.workers, "onward", torch.set_num_threads, (self.intra_op,))
+            self._process = os.getpid()
+        step.given = replace(step.given, loss=_one_at_a_time(step.given.loss))
+        run = _Run(self, step, tasks, order)
+        workers = [self._pool.submit(run.work, number) for number in range(self.workers)]
+        try:
+            wait(workers)
+        finally:  # Ctrl-C while waiting
+            run.stop()
+            wait(workers)
+        if run.errors:
+            raise min(run.errors, key=lambda failed: failed[0])[1]
+
+
+@dataclass
+class _Trial:
+    """Seconds of steps run both ways, until the faster is known."""
+
+    tasks: Sequence[Task]
+    seconds: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
+    choice: bool | None = None
+    costs: list[list[float]] = field(default_factory=list)
+    """Seconds of every task in the serial steps."""
+    order: Sequence[float] = ()
+    """Of the tasks that are ready, those with the larger number go first: the longest way to the end, as measured."""
+
+    def __post_init__(self) -> None:
+        self.costs = [[] for _ in self.tasks]
+        self.order = [0.0] * len(self.tasks)
+
+    def concurrent(self) -> bool:
+        """How to run the next step."""
+        if self.choice is not None:
+            return self.choice
+        return len(self.seconds[True]) < len(self.seconds[False])
+
+    def tell(self, concurrent: bool, seconds: float) -> None:
+        if self.choice is not None:
+            return
+        self.seconds[concurrent].append(seconds)
+        if not concurrent:
+            self.order = priorities(self.tasks, [statistics.median(costs) for costs in self.costs])
+        if min(map(len, self.seconds.values())) >= TRIALS:
+            serial, threaded = (statistics.median(self.seconds[way][TRIALS // 2 :]) for way in (False, True))
+            self.choice = threaded < serial
+
+
+class _Run:
+    """One step's tasks, shared by the workers."""
+
+    def __init__(self, executor: ThreadedExecutor, step: Step, tasks: Sequence[Task], order: Sequence[float]) -> None:
+        self.executor, self.step, self.tasks = executor, step, tasks
+        self.missing = [len(task.after) for task in tasks]
+        self.followers: list[list[int]] = [[] for _ in tasks]
+        for position, task in enumerate(tasks):
+            for before in task.after:
+                self.followers[before].append(position)
+        self.order = order
+        self.ready = [(-order[at], at) for at, count in enumerate(self.missing) if not count]
+        heapq.heapify(self.ready)
+        self.left = len(tasks)
+        self.errors: list[tuple[int, BaseException]] = []
+        self.changed = threading.Condition()
+
+    def work(self, worker: int) -> None:
+        """Take tasks that are ready, until none is left or one has failed."""
+        with torch.inference_mode(False), torch.no_grad():  # of this thread
+            while (position := self._next()) is not None:
+                try:
+                    self.executor.do(self.step, self.tasks[position].action, worker)
+                except BaseException as error:
+                    with self.changed:
+                        self.errors.append((position, error))
+                        self.left = 0
+                        self.changed.notify_all()
+                    return
+                self._finish(position)
+
+    def stop(self) -> None:
+        """Start no further task."""
+        with self.changed:
+            self.left = 0
+            self.changed.notify_all()
+
+    def _next(self) -> int | None:
+        with self.changed:
+            while self.left and not self.ready:
+                self.changed.wait()
+            return heapq.heappop(self.ready)[1] if self.left else None
+
+    def _finish(self, position: int) -> None:
+        with self.changed:
+            self.left = max(0, self.left - 1)  # 0 if another has failed meanwhile
+            found = 0
+            for follower in self.followers[position]:
+                self.missing[follower] -= 1
+                if not self.missing[follower]:
+                    heapq.heappush(self.ready, (-self.order[follower], follower))
+                    found += 1
+            if not self.left:
+                self.changed.notify_all()
+            elif found > 1:
+                self.changed.notify(found - 1)  # this worker takes one of them itself
+
+
+def _one_at_a_time(loss: Callable[[list[Any], int, int], Tensor]) -> Callable[[list[Any], int, int], Tensor]:
+    """The loss behind a lock: the user's need not be made for threads."""
+    lock = threading.Lock()
+
+    def locked(leaves: list[Any], copies: int, samples: int) -> Tensor:
+        with lock:
+            return loss(leaves, copies, samples)
+
+    return locked
+
+
+@contextmanager
+def _intra_op(threads: int) -> Iterator[None]:
+    """With that many threads for torch's operations."""
+    before = torch.get_num_threads()
+    if before == threads:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,385 @@
+"""The threaded executor: the serial one's bits in any order, and what is left after an error."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import onward
+from onward.models.resnet import resnet5
+from onward.passes.errors import NonFiniteLossError, OptionError
+from onward.runtime import threads as threading_module
+from onward.runtime.executor import SerialExecutor, Step
+from onward.runtime.plan import Action, Gradient, Perturb
+from onward.runtime.threads import TRIALS, ThreadedExecutor, _Trial
+
+Ratio = onward.LikelihoodRatio
+
+
+class Recurrent(nn.Module):
+    """One weight read at four sites: its gradients have to be summed in one order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(4):
+            x = torch.tanh(self.cell(x))
+        result: Tensor = self.head(x)
+        return result
+
+
+class Normalised(nn.Module):
+    """Batch normalisation, whose buffers a step moves, and dropout, whose numbers are keyed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.drop, self.last = (
+            nn.Linear(6, 8),
+            nn.BatchNorm1d(8),
+            nn.Dropout(0.3),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(self.drop(F.relu(self.norm(self.first(x)))))
+        return result
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 3
+
+
+def images() -> tuple[Tensor, Tensor]:
+    return torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(4)
+
+
+CASES: dict[str, tuple[Any, Ratio]] = {
+    "auto": (mlp, Ratio.auto(reach=0, warmup=1)),
+    "auto, convolutions": (lambda: resnet5(num_classes=10, in_channels=1), Ratio.auto(warmup=1)),
+    "layerwise": (mlp, Ratio(copies=4)),
+    "layerwise in chunks": (mlp, Ratio(copies=8, chunk=2)),
+    "joint, a copy's own captures, in chunks": (mlp, Ratio(groups="joint", copies=6, chunk=2)),
+    "the paper's": (mlp, Ratio.alr(copies=4, chunk=2)),
+    "stochastic": (mlp, Ratio(capture="stochastic", groups="joint", copies=4)),
+    "one copy at a time": (Normalised, Ratio(copies=4, credit="batch")),
+    "corrected": (mlp, Ratio.feedback_learned(correction="full", copies=4, warmup=0)),
+    "shrunk": (mlp, Ratio.feedback_learned(correction="shrunk", copies=4, warmup=0)),
+    "shared weights": (Recurrent, Ratio.feedback_learned(copies=2, warmup=0)),
+    "shared weights, layerwise": (Recurrent, Ratio(copies=4)),
+    "batch statistics": (Normalised, Ratio.feedback_learned(copies=2, warmup=0)),
+    "weight noise": (mlp, Ratio(noise_on="weight", groups="joint", copies=4)),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bits are compared at one intra-op thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def pair(case: str, workers: int = 2, loss: Any = F.cross_entropy) -> tuple[onward.Program, onward.Program]:
+    """The same program for the serial and the threaded executor."""
+    make, estimator = CASES[case]
+    torch.manual_seed(0)
+    model = make()
+    twin = copy.deepcopy(model)
+    x, _ = data_of(case)
+    serial = onward.compile(model, x, loss=loss, estimator=estimator, seed=3)
+    threaded = onward.Program(twin, serial.compiled, loss, 3, workers=workers)
+    assert isinstance(threaded.executor, ThreadedExecutor)
+    threaded.executor.concurrent = True
+    return serial, threaded
+
+
+def data_of(case: str) -> tuple[Tensor, Tensor]:
+    return images() if "convolutions" in case else batch()
+
+
+def train(program: onward.Program, case: str, steps: int) -> list[Tensor]:
+    """Some steps of gradient descent: losses, weights, buffers, and the program's state."""
+    x, y = data_of(case)
+    losses = []
+    for _ in range(steps):
+        program.model.zero_grad()
+        losses.append(program.step(x, y))
+        with torch.no_grad():
+            for parameter in program.model.parameters():
+                parameter -= 0.1 * parameter.grad  # type: ignore[operator]
+    state = program.state_dict()
+    numbers = [value if isinstance(value, Tensor) else torch.tensor(hash(value)) for value in state.values()]
+    return [*losses, *program.model.state_dict().values(), *numbers]
+
+
+def same(mine: list[Tensor], theirs: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_concurrent_steps_have_the_serial_bits(case: str) -> None:
+    serial, threaded = pair(case, workers=3)
+    assert same(train(serial, case, 4), train(threaded, case, 4))
+
+
+def test_no_order_of_the_tasks_changes_a_bit_or_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 steps, each of its tasks held up at random before and after (up to 2 ms; a task takes 0.1)."""
+    delays = random.Random(5)
+
+    def delayed(self: SerialExecutor, step: Step, action: Action, worker: int) -> None:
+        time.sleep(delays.random() ** 4 * 0.002)
+        do(self, step, action, worker)
+        time.sleep(delays.random() ** 4 * 0.002)
+
+    cases = ("auto", "layerwise in chunks", "joint, a copy's own captures, in chunks", "shrunk", "shared weights")
+    expected, programs = {}, {}
+    for case in cases:
+        serial, programs[case] = pair(case, workers=4)
+        expected[case] = train(serial, case, 40)
+    do = SerialExecutor.do
+    monkeypatch.setattr(ThreadedExecutor, "do", delayed)
+    found: dict[str, list[Tensor]] = {}
+    worker = threading.Thread(target=lambda: found.update({c: train(programs[c], c, 40) for c in cases}), daemon=True)
+    worker.start()
+    worker.join(240)
+    assert not worker.is_alive(), "a step hangs"
+    for case in cases:
+        assert same(expected[case], found[case]), case
+
+
+def test_tasks_do_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two gradients meet at a barrier that one alone would never pass."""
+    _, program = pair("auto")
+    barrier, do = threading.Barrier(2), SerialExecutor.do
+
+    def meeting(self: SerialExecutor, step: Step, action: Action, worker: int) -> None:
+        if isinstance(action, Gradient) and action.site in (0, 1):
+            barrier.wait(60)
+        do(self, step, action, worker)
+
+    monkeypatch.setattr(ThreadedExecutor, "do", meeting)
+    program.step(*batch())
+
+
+class _OwnError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("failing", [Gradient, Perturb])
+def test_an_error_in_a_task_leaves_all_as_it_was(failing: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = "batch statistics"
+    serial, program = pair(case)
+    assert same(train(serial, case, 2), train(program, case, 2))
+    before = copy.deepcopy([program.state_dict(), program.model.state_dict(), program.forwards])
+    gradients = [p.grad.clone() for p in program.model.parameters() if p.grad is not None]
+    do = SerialExecutor.do
+
+    def broken(self: SerialExecutor, step: Step, action: Action, worker: int) -> None:
+        if isinstance(action, failing):
+            raise _OwnError(str(action))
+        do(self, step, action, worker)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ThreadedExecutor, "do", broken)
+        with pytest.raises(_OwnError):
+            program.step(*batch())
+    after = [program.state_dict(), program.model.state_dict(), program.forwards]
+    for mine, theirs in zip(before, after, strict=True):
+        assert str(mine) == str(theirs)
+    assert same(gradients, [p.grad for p in program.model.parameters() if p.grad is not None])
+    assert same(train(serial, case, 2), train(program, case, 2))  # and it goes on as if nothing had been
+
+
+def test_of_several_errors_the_plans_first_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, program = pair("auto")
+    barrier, do = threading.Barrier(2), SerialExecutor.do
+
+    def broken(self: SerialExecutor, step: Step, action: Action, worker: int) -> None:
+        if isinstance(action, Gradient) and action.site in (0, 1):
+            barrier.wait(60)
+            time.sleep(0.05 * (1 - action.site))  # the plan's first is the later one
+            raise _OwnError(str(action))
+        do(self, step, action, worker)
+
+    monkeypatch.setattr(ThreadedExecutor, "do", broken)
+    with pytest.raises(_OwnError, match="G0"):
+        program.step(*batch())
+
+
+def test_a_loss_that_is_not_finite_is_named_as_by_the_serial_executor() -> None:
+    serial, threaded = pair("layerwise", loss=lambda output, target: output.sum(1) * float("nan"))
+    messages = []
+    for program in (serial, threaded):
+        with pytest.raises(NonFiniteLossError) as caught:
+            program.step(*batch())
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+def test_ctrl_c_waits_for_the_running_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = "auto"
+    serial, program = pair(case)
+    calls, real, do = [0], threading_module.wait, SerialExecutor.do
+    running: list[Action] = []
+
+    def interrupted(workers: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 1:
+            time.sleep(0.01)  # some tasks have started
+            raise KeyboardInterrupt
+        return real(workers)
+
+    def slow(self: SerialExecutor, step: Step, action: Action, worker: int) -> None:
+        running.append(action)
+        time.sleep(0.03)
+        do(self, step, action, worker)
+        running.remove(action)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading_module, "wait", interrupted)
+        patched.setattr(ThreadedExecutor, "do", slow)
+        with pytest.raises(KeyboardInterrupt):
+            program.step(*batch())
+        assert not running
+    assert program.step_count == 0
+    assert same(train(serial, case, 2), train(program, case, 2))
+
+
+def test_the_loss_is_called_by_one_worker_at_a_time() -> None:
+    inside = [0]
+
+    def loss(output: Tensor, target: Tensor) -> Any:
+        inside[0] += 1
+        assert inside[0] == 1
+        time.sleep(0.002)
+        inside[0] -= 1
+        return F.cross_entropy(output, target, reduction="none").numpy()
+
+    _, program = pair("layerwise in chunks", workers=4, loss=loss)
+    program.step(*batch())
+
+
+def test_the_faster_way_is_kept() -> None:
+    for slower in (True, False):
+        trial = _Trial(())
+        ways = []
+        while trial.choice is None:
+            ways.append(trial.concurrent())
+            trial.tell(ways[-1], 2.0 if ways[-1] == slower else 1.0)
+        assert trial.choice is (not slower)
+        assert ways == [False, True] * TRIALS
+        assert trial.concurrent() is trial.choice
+
+
+def test_a_program_decides_after_its_first_steps_without_changing_a_bit() -> None:
+    case = "layerwise"  # all its steps are of one kind
+    serial, program = pair(case)
+    assert isinstance(program.executor, ThreadedExecutor)
+    program.executor.concurrent = None
+    mine = train(program, case, 2 * TRIALS - 1)
+    assert program.executor.chosen(perturbed=True) is None
+    assert same(train(serial, case, 2 * TRIALS - 1), mine)
+    assert same(train(serial, case, 4), train(program, case, 4))
+    assert program.executor.chosen(perturbed=True) is not None
+
+
+def test_intra_op_threads_are_divided_and_given_back() -> None:
+    torch.set_num_threads(4)
+    _, program = pair("auto")
+    assert isinstance(program.executor, ThreadedExecutor)
+    assert program.executor.intra_op == 2
+    seen = []
+
+    def loss(output: Tensor, target: Tensor) -> Any:
+        seen.append(torch.get_num_threads())
+        return F.cross_entropy(output, target, reduction="none").numpy()
+
+    program = onward.Program(program.model, program.compiled, loss, 0, workers=2)
+    assert isinstance(program.executor, ThreadedExecutor)
+    for concurrent in (True, False):
+        program.executor.concurrent = concurrent
+        program.step(*batch())
+        assert torch.get_num_threads() == 4
+    assert set(seen) == {2}
+
+
+def test_inside_autocast_tasks_run_on_the_callers_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, program = pair("layerwise")
+    names, do = set(), SerialExecutor.do
+
+    def named(self: SerialExecutor, step: Step, action: Action, worker: int) -> None:
+        names.add(threading.current_thread().name)
+        do(self, step, action, worker)
+
+    monkeypatch.setattr(ThreadedExecutor, "do", named)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        program.step(*batch())
+    assert names == {threading.current_thread().name}
+    program.step(*batch())
+    assert any(name.startswith("onward") for name in names)
+
+
+def test_copies_and_forks_start_threads_of_their_own() -> None:
+    _, program = pair("auto")
+    program.step(*batch())
+    twin = copy.copy(program.executor)
+    assert twin._pool is None  # type: ignore[attr-defined]
+    assert program.executor._pool is not None  # type: ignore[attr-defined]
+    child = os.fork()
+    if child == 0:
+        finished = threading.Thread(target=program.step, args=batch(), daemon=True)
+        finished.start()
+        finished.join(60)
+        os._exit(int(finished.is_alive()))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_threads_end_with_their_program() -> None:
+    gc.collect()
+    before = threading.active_count()
+    for _ in range(3):
+        _, program = pair("auto")
+        for _ in range(50):
+            program.step(*batch())
+        assert threading.active_count() <= before + 2  # those of programs before may end meanwhile
+        del program
+        gc.collect()
+    for _ in range(100):
+        if threading.active_count() <= before:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() <= before
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5, True])
+def test_workers_are_a_number(workers: Any) -> None:
+    with pytest.raises(OptionError, match="workers="):
+        onward.compile(mlp(), batch()[0], loss=F.cross_entropy, workers=workers)
+
+
+def test_actions_are_recorded_with_their_worker_and_times() -> None:
+    serial, threaded = pair("auto", workers=2)
+    for program in (serial, threaded):
+        seen: list[tuple[str, int, float, float]] = []
+        program.executor.record = lambda *span: seen.append(span)  # noqa: B023
+        program.step(*batch())
+        assert sorted(span[0] for span in seen) == sorted(str(action) for action in program.executor.plan)
+        assert all(worker in (0, 1) and start <= end for _, worker, start, end in seen)
