@@ -37,7 +37,7 @@ from onward.runtime.threads import ThreadedExecutor
 
 def deep_mlp(width: int) -> Callable[[], nn.Module]:
     """12 layers of one width: as many small gradient subgraphs."""
-    return lambda: models.mlp(in_features=64, hidden=width, depth=12)
+    return lambda: models.mlp(hidden=[width] * 11)
 
 
 def learned(**settings: Any) -> Callable[[], LikelihoodRatio]:

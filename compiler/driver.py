@@ -22,6 +22,7 @@ from ..passes.join_segments import join_segments
 from ..passes.key_random_operations import key_random_operations
 from ..passes.locate_samples import locate_samples
 from ..passes.mask_noise import mask_noise
+from ..passes.narrow_noise import narrow_noise
 from ..passes.perturb_weights import perturb_weights, weight_gradients
 from ..passes.reuse_values import reuse_values
 from ..passes.separate_outputs import separate_outputs
@@ -83,7 +84,7 @@ def _compile_located(
     estimator: LikelihoodRatio,
 ) -> CompiledModel:
     """The passes that an estimator has a say in, behind those that find the samples; `values` are of placeholders."""
-    feedback, alive = estimator.feedback == "learned", estimator.placement == "alive"
+    feedback, alive = estimator.feedback == "learned", estimator.placement != "operation"
     if mixes_samples and estimator.credit == "sample":
         raise UnsupportedModelError(
             f"{mixes_samples} mixes the samples of a batch, so a sample's loss does not belong to its own noise alone. "
@@ -92,6 +93,8 @@ def _compile_located(
 
     join = partial(find_sites, share_sums=alive)
     _run_passes(history, [("find_sites", join)])
+    if estimator.placement == "narrow":
+        _run_passes(history, [("narrow_noise", narrow_noise)])
     if feedback:
         names = _output_names(captured)
         _run_passes(history, [("separate_outputs", partial(separate_outputs, names=names))])

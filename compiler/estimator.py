@@ -15,7 +15,7 @@ NOISES = ("gaussian", "laplace", "rademacher")
 SCORES = ("exact", "sign")
 CAPTURES = ("exact", "sign", "stochastic")
 CREDITS = ("sample", "batch")
-PLACEMENTS = ("operation", "alive")
+PLACEMENTS = ("operation", "alive", "narrow")
 FEEDBACKS = ("none", "learned")
 NOISE_ON = ("output", "weight", "sample", "rank-one", "auto")
 CORRECTIONS = ("none", "full", "shrunk")
@@ -46,7 +46,8 @@ class LikelihoodRatio:
         placement: where the noise goes. ``"operation"``: on every coordinate of every site's output, each copy with its
             own captures (1). ``"alive"``: sites that meet in a sum share its noise, coordinates that the next operation
             blocks get none (10), and all captures are the clean run's (9); needs ``capture="exact"``. Much less
-            variance for an error of order σ².
+            variance for an error of order σ². ``"narrow"``: the same, and behind pointwise operations and poolings that
+            alone read a site, where that makes it narrower (10).
         noise_on: what of a site is perturbed (6, 11), one for all sites or a mapping from site-name patterns (the first
             match counts; sites that none covers have ``"output"``). ``"output"``. ``"weight"``: weight and bias, one
             draw a copy for all samples. ``"sample"``: a draw a sample and copy, for one more such operation each.
@@ -57,8 +58,8 @@ class LikelihoodRatio:
             matches keeps ``"output"``. Such a site has no capture, no alive mask and no blocks. Needs
             ``feedback="none"``.
         feedback: ``"none"``, or ``"learned"`` (12): each site learns the mean Jacobian of the outputs from the
-            perturbed runs, and its gradient is predicted from the clean run alone. Needs ``placement="alive"`` and
-            ``groups="joint"``; then 2 copies do for a small net.
+            perturbed runs, and its gradient is predicted from the clean run alone. Needs ``placement="alive"`` or
+            ``"narrow"`` and ``groups="joint"``; then 2 copies do for a small net.
         correction: with feedback, what the perturbed runs of the step itself add. ``"none"``: the prediction as it is;
             **biased** as long as, and wherever, the mean Jacobian is not the sample's. ``"full"``: what the prediction
             leaves unexplained, by likelihood ratio: unbiased (up to σ²; with `blocks` for a block's mean gradient)
@@ -85,14 +86,14 @@ class LikelihoodRatio:
             site-name patterns (the first match counts; sites that none covers have 1): 2 means 2 x 2 pixels of
             ``(N, C, H, W)``, 2 tokens of ``(N, T, C)``. ``"auto"``: for images a quarter of the largest map along each
             axis, at least 4, and 1 for other tensors. **Biased**: every coordinate receives its block's mean
-            gradient. Less variance, and smaller Jacobians. Needs ``placement="alive"``.
+            gradient. Less variance, and smaller Jacobians. Not with ``placement="operation"``.
         rank: with feedback, the directions of the outputs along which it is learned, those in which the recent errors
             are largest; **biased** by what lies outside them. All outputs if there are no more than that. None: all
             outputs if the Jacobians fit `feedback_memory`, else as many directions as do, 64 at most.
         feedback_memory: with feedback, MiB that the Jacobians may take; more is refused.
         recompute: what a gradient subgraph reads of the activations between its operands and its frontier (inside a
             segment or within its reach). False: the clean run's, captured. True: computed again from the operands, less
-            memory for up to one more forward. Only ``placement="alive"`` has a choice.
+            memory for up to one more forward. With ``placement="operation"`` there is no choice.
         trust: with feedback, whether each site's step is scaled by how well its predictions explain fresh copies
             (`Program.trust`; `Trainer` applies it).
         credit: ``"sample"`` attributes each sample's loss to its own noise. ``"batch"`` takes one loss for the whole
@@ -163,11 +164,11 @@ class LikelihoodRatio:
             if not isinstance(sigma, (int, float)) or not (sigma > 0 and math.isfinite(sigma)):
                 raise OptionError(f"sigma={sigma!r}: the noise needs a positive, finite standard deviation.")
 
-        if self.placement == "alive" and self.capture != "exact":
+        if self.placement != "operation" and self.capture != "exact":
             raise OptionError(
-                f'placement="alive" keeps exact captures of the clean run; capture={self.capture!r} cannot.'
+                f'placement="{self.placement}" keeps exact captures of the clean run; capture={self.capture!r} cannot.'
             )
-        if self.recompute and self.placement != "alive":
+        if self.recompute and self.placement == "operation":
             raise OptionError('recompute=True: with placement="operation" nothing is captured beyond the operands.')
         if "rank-one" in _values(self.noise_on) and self.noise != "rademacher":
             raise OptionError(f'noise_on="rank-one" multiplies signs: it needs noise="rademacher", not {self.noise!r}.')
@@ -194,17 +195,18 @@ class LikelihoodRatio:
         for size in sizes:
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise OptionError(f"blocks={size!r}: the positions of a block along each axis are a number from 1 on.")
-        if self.blocks != 1 and self.placement != "alive":
+        if self.blocks != 1 and self.placement == "operation":
             raise OptionError(
-                f"blocks={self.blocks!r}: noise tied over blocks needs placement='alive', whose captures are the "
-                f"clean run's, not {self.placement!r}."
+                f"blocks={self.blocks!r}: noise tied over blocks needs placement='alive' or 'narrow', with captures of "
+                f"the clean run, not {self.placement!r}."
             )
 
     def _check_feedback(self) -> None:
         wanted: tuple[tuple[str, object], ...] = (
-            ("placement", "alive"), ("groups", "joint"), ("antithetic", True), ("credit", "sample"), ("score", "exact"),
-            ("noise_on", "output"),
+            ("groups", "joint"), ("antithetic", True), ("credit", "sample"), ("score", "exact"), ("noise_on", "output"),
         )  # fmt: skip
+        if self.placement == "operation":
+            raise OptionError('feedback="learned" needs placement="alive" or "narrow", not "operation".')
         for name, value in wanted:
             if getattr(self, name) != value:
                 raise OptionError(f'feedback="learned" needs {name}={value!r}, not {getattr(self, name)!r}.')

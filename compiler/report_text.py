@@ -56,6 +56,9 @@ def rules_text() -> str:
     return "Rules\n" + table(columns, rows, "lll", wrap=columns[1:]) + "\n"
 
 
+_PLACED = {"alive": "noise on alive coordinates", "narrow": "noise on alive coordinates of narrow tensors"}
+
+
 def describe_estimator(estimator: Mapping[str, Any]) -> str:
     """The estimator's settings in one line."""
     count = estimator["copies"]
@@ -74,7 +77,7 @@ def describe_estimator(estimator: Mapping[str, Any]) -> str:
             copies,
             f"σ {_by_site(sigma)}",
             *(["batch credit"] if estimator["credit"] == "batch" else []),
-            *(["noise on alive coordinates"] if estimator["placement"] == "alive" else []),
+            *([_PLACED[estimator["placement"]]] if estimator["placement"] in _PLACED else []),
             *([f"noise on {_by_site(estimator['noise_on'])}"] if estimator["noise_on"] != "output" else []),
             *([f"tied over blocks of {_by_site(estimator['blocks'])}"] if estimator["blocks"] != 1 else []),
             *(

@@ -37,8 +37,9 @@ def compile(
             (`Program.calibrate`).
         seed: seed of all noise.
         workers: CPU threads that share a step's gradient subgraphs and perturbed runs (`runtime.threads`); torch's own
-            threads are divided among them. With more than one, the first steps measure whether that is faster, and the
-            faster way is kept; the result's bits do not depend on it.
+            threads are divided among them (2 workers have half of them each). With more than one, the first steps
+            measure whether tasks go faster side by side or one after the other, and the faster way is kept; the
+            result's bits do not depend on it. Where neither beats a step with all threads, leave it at 1.
 
     Raises:
         onward.errors.OnwardError: the model, an option or the example cannot work, or the calibration is of another

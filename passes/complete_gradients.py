@@ -194,7 +194,10 @@ def _at_output(graph: fx.Graph, end: fx.Node) -> fx.Node:
     for start in end.meta["offsets"]:
         whole = layout.elements == error.meta["val"].shape[1]
         where = (error, 1, start, start + layout.elements)
-        rows = error if whole else graph.call_function(_aten.slice.Tensor, where)
+        rows = error
+        if not whole:  # the vjp was traced for a contiguous cotangent, which a slice is not
+            rows = graph.call_function(_aten.slice.Tensor, where)
+            rows = graph.call_function(_aten.clone.default, (rows,), {"memory_format": torch.contiguous_format})
         parts.append(from_rows(graph, rows, layout))
     total = parts[0]
     for part in parts[1:]:

@@ -3,7 +3,7 @@
 A traced vjp (`trace_gradients`) starts from a region's operands and so recomputes the region's own activations wherever
 its derivative reads them: the values between a site and its frontier (method.md 13, 14). The clean run has the same
 values. Here each becomes a placeholder, captured like any operand, and what only served to recompute it is removed:
-the arithmetic of one forward through the region, for the memory of those activations until the subgraph has run.
+the arithmetic of one forward through the region, for the memory of those activations until the step ends.
 
 Returns a graph whose outputs are the gradients alone. Only for captures of the clean run: each copy has values of its
 own, and signs stand for no value.

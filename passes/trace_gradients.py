@@ -108,7 +108,14 @@ def _pad(x: Tensor, pad: Sequence[int], value: float = 0) -> Tensor:
     return x
 
 
+def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """``copy``, what an assignment to a slice becomes, has no derivative of its own."""
+    return source.to(target.dtype).expand_as(target).clone(memory_format=torch.contiguous_format)
+
+
 _DECOMPOSED = {torch.ops.aten.constant_pad_nd.default: _pad}
+_DIFFERENTIABLE: dict[Any, Any] = {torch.ops.aten.copy.default: _copy}
+"""What takes the place of operations that autograd does not know."""
 
 
 def _check_symbolic(batch: Any, core: fx.Node) -> None:
@@ -184,6 +191,7 @@ def _copied_region(
             known = inner if node in behind else inner | (members - own)
             sources = {n: mapping[n] if n in known else given[n] for n in node.all_input_nodes}
             mapping[node] = graph.node_copy(node, sources.__getitem__)
+            mapping[node].target = _DIFFERENTIABLE.get(node.target, node.target)
     inside = [
         node
         for node in mapping

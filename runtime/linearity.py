@@ -3,8 +3,7 @@
 One site at a time is perturbed, by pairs whose numbers are the same for every σ. ``r(σ) = (ℓ⁺ - ℓ⁻) / 2σ``, one number
 a pair and sample, tends to the directional derivative; as long as it stays the same, a larger σ costs nothing and
 drowns rounding. σ is the largest candidate at which halving it changes r by at most `LINEAR` of its size, divided by
-the square root of the number of sites that are perturbed together: their noise adds up. Measured again, only candidates
-near the last σ are tried, with fewer pairs.
+the square root of the number of sites that are perturbed together: their noise adds up.
 
 Before a quantiser there may be none: then it is the candidate at which halving changes least, where the noise is about
 as large as a step. Before a sign even that tells nothing (jumps that are met by chance change r by all of its size, at
@@ -15,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,9 +39,6 @@ DRAWS = 4
 DRAWS_AGAIN = 2
 """The same where σ was measured before."""
 
-NEAR = 2
-"""How many candidates on either side of the last σ are tried again."""
-
 
 @dataclass(frozen=True)
 class Linearity:
@@ -58,12 +54,10 @@ class Linearity:
     """Mean square of ``r(σ)``: the variance of a coordinate's gradient estimate from one pair and sample."""
 
 
-def measure(
-    executor: SerialExecutor, given: StepInput, known: Mapping[int, float] | None = None
-) -> tuple[dict[int, Linearity], float]:
+def measure(executor: SerialExecutor, given: StepInput, draws: int = DRAWS) -> tuple[dict[int, Linearity], float]:
     """Every perturbed site's linearity on one batch, and the perturbed forwards a sample that it took.
 
-    `known` has the σ of sites that were measured before.
+    `draws` are the antithetic pairs of each candidate.
 
     Reads `given` as a step would and writes nothing. Raises NonFiniteLossError if the unperturbed loss is not finite.
     """
@@ -78,23 +72,13 @@ def measure(
             key = f"parameter:{at_weight.weight}" if at_weight else f"value:{compiled.sites[index].output}"
             value = environment[key if key in environment else f"output:{returned[index]}"]
             scale = float(value.square().mean().sqrt()) or 1.0
-            together, last = len(run.sites), (known or {}).get(index)
-            candidates = RELATIVE if last is None else _near(last * math.sqrt(together) / scale)
-            draws = DRAWS if last is None else DRAWS_AGAIN
             responses = []
-            for relative in (candidates[0] / 2, *candidates):
+            for relative in (RELATIVE[0] / 2, *RELATIVE):
                 response = _response(executor, given, environment, run.index, index, relative * scale, draws)
                 responses.append(response)
                 spent += 2 * draws * run.share
-            found[index] = _chosen(responses, candidates, scale, together)
+            found[index] = _chosen(responses, scale, len(run.sites))
     return found, spent
-
-
-def _near(relative: float) -> tuple[float, ...]:
-    """The candidates near a multiple of the root mean square."""
-    distances = [abs(math.log(candidate / relative)) for candidate in RELATIVE]
-    nearest = distances.index(min(distances))
-    return RELATIVE[max(0, nearest - NEAR) : nearest + NEAR + 1]
 
 
 def _returned(compiled: CompiledModel) -> list[tuple[Output, fx.Node]]:
@@ -132,9 +116,9 @@ def _pairs_together(compiled: CompiledModel) -> int:
     return 1 if compiled.sequential else DRAWS if chunk is None else max(1, chunk // 2)
 
 
-def _chosen(responses: Sequence[Tensor], candidates: Sequence[float], scale: float, together: int) -> Linearity:
-    """The one of `candidates` that the module's docstring describes, for a site that is perturbed `together` with
-    others; `responses` has one more, half of the first."""
+def _chosen(responses: Sequence[Tensor], scale: float, together: int) -> Linearity:
+    """The candidate that the module's docstring describes, for a site that is perturbed `together` with others;
+    `responses` has one more, half of the first."""
     if not any(bool(response.any()) for response in responses):
         return Linearity(scale, math.nan, math.nan, 0.0)
     changes = []
@@ -148,6 +132,6 @@ def _chosen(responses: Sequence[Tensor], candidates: Sequence[float], scale: flo
     if linear:
         shared = math.sqrt(together)
     elif changes[best] > DISTINCT:
-        best = min(range(len(candidates)), key=lambda number: abs(math.log(candidates[number])))  # 1, if it is there
+        best = RELATIVE.index(1.0)
     variance = float(responses[best + 1].square().mean())
-    return Linearity(scale, candidates[best] * scale / shared, changes[best], variance)
+    return Linearity(scale, RELATIVE[best] * scale / shared, changes[best], variance)

@@ -6,15 +6,17 @@ import json
 import math
 import traceback
 from collections.abc import Collection
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ..compiler.estimator import LikelihoodRatio
 from ..compiler.probe import copy_of
 from ..compiler.program import CompiledModel
-from ..compiler.site_options import UNMEASURED, resolve_sigmas
+from ..compiler.site_options import resolve_sigmas
 from ..passes.errors import BatchError, CheckpointError, OutOfMemoryError
 from ..passes.graph import Role, outputs, placeholders
 from ..passes.separate_outputs import error_like
@@ -26,7 +28,7 @@ from .calibration.record import Calibration
 from .checks import ModelCheck, check_batch, first_without_statistics_of_one
 from .executor import Environment, SerialExecutor, StepInput, StepResult
 from .feedback import FeedbackState, initial_state, probe_interval
-from .linearity import measure
+from .linearity import DRAWS, DRAWS_AGAIN, measure
 from .loss import BatchLoss, Loss, SampleLoss
 from .memory import is_out_of_memory, suggest_chunk
 from .output_gradient import OutputGradient
@@ -144,6 +146,7 @@ class Program:
             CalibrationError: the budget is too small for one pair in every run, all sites perturbed together if need
                 be.
             UnknownNameError: `choose` has another name; the message shows the nearest.
+            OptionError: `choose` names what this program leaves no choice of, or `batch_size` is no number of samples.
             BatchError, ModeError, LossShapeError, NonFiniteLossError: as for `step`.
         """
         given, _, _ = self._bind(inputs, target)
@@ -222,9 +225,10 @@ class Program:
     def _check_estimator(self, saved: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.compiled.estimator.to_json()))
         sets_rank = self.compiled.rank is not None and self.compiled.estimator.rank is None
-        free = _FREE[:1] if sets_rank else _FREE
+        free = _FREE[:-1] if sets_rank else _FREE
         fixed = {key: value for key, value in mine.items() if key not in free}
-        differing = [f"{k}={saved.get(k)!r}, now {v!r}" for k, v in fixed.items() if saved.get(k) != v]
+        before = {field.name: field.default for field in fields(LikelihoodRatio)} | saved  # an option that came later
+        differing = [f"{key}={before[key]!r}, now {value!r}" for key, value in fixed.items() if before[key] != value]
         if differing:
             raise CheckpointError(
                 f"the saved run used another estimator: {'; '.join(differing)}. Resume with the same settings, or "
@@ -267,8 +271,7 @@ class Program:
 
     def _measure_sigmas(self, given: StepInput) -> tuple[float, int]:
         """Take σ from the batch at hand; the perturbed forwards a sample that it took, and the step to do so again."""
-        known = {index: sigma for index, sigma in enumerate(self.sigmas) if sigma != UNMEASURED}
-        found, spent = measure(self.executor, given, known if self.next_calibration else {})
+        found, spent = measure(self.executor, given, DRAWS_AGAIN if self.next_calibration else DRAWS)
         told = {index: one.sigma for index, one in found.items() if math.isfinite(one.sigma)}
         for index, sigma in told.items():
             self.sigmas[index] = sigma
@@ -350,5 +353,5 @@ CALIBRATE_EVERY = 500
 REMEASURE_AFTER = 25
 """The same where the loss did not respond to some site, as behind a head of zeros that soon has other weights."""
 
-_FREE = ("chunk", "feedback_memory")
+_FREE = ("chunk", "recompute", "feedback_memory")
 """Settings of the estimator that a run may be resumed with others of; the memory only if it did not set the rank."""

@@ -9,6 +9,7 @@ same number of intra-op threads: torch's own, divided among the workers.
 from __future__ import annotations
 
 import heapq
+import operator
 import os
 import statistics
 import threading
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch import Tensor
 from ..compiler.program import CompiledModel
 from .executor import SerialExecutor, Step
 from .plan import Action
-from .schedule.bounds import priorities
+from .schedule.bounds import followers, priorities
 from .schedule.tasks import Task, make_tasks
 
 TRIALS = 8
@@ -42,7 +44,9 @@ class ThreadedExecutor(SerialExecutor):
 
     A step that fails (an error in a task, a loss that raises, Ctrl-C) waits for the tasks that run, starts no other,
     and raises what the first of the failed tasks in the plan's order raised. The user's loss is called by one worker at
-    a time. Inside ``torch.autocast``, which belongs to one thread, tasks run on that thread.
+    a time; a second Ctrl-C does not wait. Context variables are the caller's. Where something of the caller's thread
+    counts, ``torch.autocast``, a mode like ``torch.device(…)`` or a FLOP counter, or the stream of a GPU, its tasks run
+    one after the other on that thread.
     """
 
     def __init__(self, compiled: CompiledModel, sigmas: list[float], workers: int) -> None:
@@ -59,15 +63,21 @@ class ThreadedExecutor(SerialExecutor):
         self._process = 0
 
     def threads(self) -> AbstractContextManager[None]:
-        return _intra_op(self.intra_op)
+        return intra_op_threads(self.intra_op)
 
     def execute(self, step: Step, plan: Sequence[Action]) -> None:
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        if step.given.device.type != "cpu" or _of_this_thread():
             super().execute(step, plan)
+            return
+        if self.concurrent is not None:
+            if self.concurrent:
+                self._run_concurrently(step, self._tasks[plan is self.plan], self._trials[plan is self.plan].order)
+            else:
+                super().execute(step, plan)
             return
         perturbed = plan is self.plan
         trial = self._trials[perturbed]
-        concurrent = trial.concurrent() if self.concurrent is None else self.concurrent
+        concurrent = trial.concurrent()
         started = time.perf_counter()
         if concurrent:
             self._run_concurrently(step, self._tasks[perturbed], trial.order)
@@ -84,23 +94,25 @@ class ThreadedExecutor(SerialExecutor):
         """Whether steps with or without a perturbed run go side by side; None while that is being measured."""
         return self._trials[perturbed].choice if self.concurrent is None else self.concurrent
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pool": None}  # a copy starts threads of its own
-
     def _run_concurrently(self, step: Step, tasks: Sequence[Task], order: Sequence[float]) -> None:
         if self._pool is None or self._process != os.getpid():  # threads do not survive a fork
             self._pool = ThreadPoolExecutor(self.workers, "onward", torch.set_num_threads, (self.intra_op,))
             self._process = os.getpid()
         step.given = replace(step.given, loss=_one_at_a_time(step.given.loss))
         run = _Run(self, step, tasks, order)
-        workers = [self._pool.submit(run.work, number) for number in range(self.workers)]
+        workers = [self._pool.submit(copy_context().run, run.work, number) for number in range(self.workers)]
         try:
             wait(workers)
         finally:  # Ctrl-C while waiting
             run.stop()
             wait(workers)
         if run.errors:
-            raise min(run.errors, key=lambda failed: failed[0])[1]
+            failed = min(run.errors, key=operator.itemgetter(0))[1]
+            run.errors.clear()
+            try:
+                raise failed
+            finally:
+                del failed  # its traceback holds this frame, and with it all that the step computed
 
 
 @dataclass
@@ -142,10 +154,7 @@ class _Run:
     def __init__(self, executor: ThreadedExecutor, step: Step, tasks: Sequence[Task], order: Sequence[float]) -> None:
         self.executor, self.step, self.tasks = executor, step, tasks
         self.missing = [len(task.after) for task in tasks]
-        self.followers: list[list[int]] = [[] for _ in tasks]
-        for position, task in enumerate(tasks):
-            for before in task.after:
-                self.followers[before].append(position)
+        self.followers = followers(tasks)
         self.order = order
         self.ready = [(-order[at], at) for at, count in enumerate(self.missing) if not count]
         heapq.heapify(self.ready)
@@ -205,8 +214,14 @@ def _one_at_a_time(loss: Callable[[list[Any], int, int], Tensor]) -> Callable[[l
     return locked
 
 
+def _of_this_thread() -> bool:
+    """Whether something is switched on in this thread that others would not see."""
+    modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
+    return modes > 0 or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
 @contextmanager
-def _intra_op(threads: int) -> Iterator[None]:
+def intra_op_threads(threads: int) -> Iterator[None]:
     """With that many threads for torch's operations."""
     before = torch.get_num_threads()
     if before == threads:

@@ -24,6 +24,12 @@ def graph_after(program: onward.Program, name: str) -> fx.GraphModule:
     return next(record.module for record in program.compiled.history if record.name == name)
 
 
+def graph_of_sites(program: onward.Program) -> fx.GraphModule:
+    """The graph with every operation its own site, noise points where they are placed."""
+    narrow = program.compiled.estimator.placement == "narrow"
+    return graph_after(program, "narrow_noise" if narrow else "find_sites")
+
+
 def has_no_derivative(node: fx.Node) -> bool:
     val, name = node.meta.get("val"), getattr(getattr(node.target, "_schema", None), "name", "")
     return name in ("aten::sign", "aten::round", "aten::detach") or (
@@ -74,7 +80,7 @@ class Cuts:
 
 def reference(program: onward.Program, x: Any, y: Any, asked: Collection[str], reach: int) -> dict[str, Tensor]:
     """The gradients that segments cut behind the nodes called `asked` have to give."""
-    module = graph_after(program, "find_sites")
+    module = graph_of_sites(program)
     cuts = Cuts(module, asked)
     environment = program._bind(x, y)[0].environment
     clean = {**environment, "runtime:copies": torch.zeros(1, dtype=torch.int64)}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import onward
-from onward.passes.errors import CalibrationError, UnknownNameError
+from onward.passes.errors import CalibrationError, OnwardError, UnknownNameError
 from onward.runtime.calibration.allocation import Load, bought, partition, variance_of
 from onward.runtime.calibration.choose import CHOICES
 from onward.runtime.calibration.gradient_noise import repeated_gradients, squared_bias, variance
@@ -210,6 +210,35 @@ def test_groups_for_a_budget(budget: float) -> None:
     assert [site.site for site in found.sites] == [compiled.sites[i].name for run in compiled.runs for i in run.sites]
     again = onward.Calibration.from_json(found.to_json())
     assert again.to_json() == found.to_json()
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "message"),
+    [
+        ({}, {"choose": ["groups"]}, "nothing to choose: 'groups' needs .* \"copies\" beside it"),
+        ({}, {"choose": ["correction"]}, "nothing to choose: 'correction' needs feedback=\"learned\""),
+        ({"capture": "sign"}, {"choose": ["placement"]}, "nothing to choose: 'placement' needs"),
+        ({"noise_on": "weight"}, {"choose": ["noise_on"]}, "nothing to choose: 'noise_on' needs"),
+        ({}, {"choose": "sigmas"}, "unknown choice of a calibration 'sigmas'. Did you mean 'sigma'"),
+        ({}, {"batch_size": 0}, "batch_size=0"),
+        ({}, {"batch_size": 1.5}, "batch_size=1.5"),
+    ],
+)
+def test_choices_that_cannot_be_made(settings: dict[str, Any], given: dict[str, Any], message: str) -> None:
+    x, y = batch()
+    program = onward.compile(
+        deep(), x, loss=F.cross_entropy, estimator=onward.LikelihoodRatio(**{"copies": 4, **settings})
+    )
+    with pytest.raises(OnwardError, match=message):
+        program.calibrate(x, y, budget=40.0, **given)
+
+
+def test_a_choice_by_its_name_alone() -> None:
+    x, y = batch()
+    program = onward.compile(deep(), x, loss=F.cross_entropy, estimator=onward.LikelihoodRatio(copies=4))
+    found = program.calibrate(x, y, budget=40.0, choose="sigma").estimator
+    assert isinstance(found.sigma, dict)
+    assert found.copies == 4
 
 
 def test_too_small_a_budget_for_one_joint_pair() -> None:

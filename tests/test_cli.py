@@ -356,7 +356,7 @@ def test_inspect_schedule(tmp_path):
     assert [task["name"] for task in step["tasks"]] == ["F0", "F1", "F2", "E"] + [
         name for site in range(3) for name in (f"P{site}.0", f"G{site}")
     ]
-    assert step["tasks"][3]["after"] == ["F2"]
+    assert step["tasks"][3]["after"] == ["F0", "F1", "F2"]
     assert step["critical_seconds"] <= step["total"]
     assert [one["workers"] for one in step["workers"]] == [1, 2, 4, 8]
     file = tmp_path / "step"

@@ -614,7 +614,7 @@ def test_a_users_mistake_in_the_loss_is_shown() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"placement": "operation"}, "placement='alive'"),
+        ({"placement": "operation"}, "placement=.alive"),
         ({"groups": "layerwise"}, "groups='joint'"),
         ({"antithetic": False}, "antithetic=True"),
         ({"credit": "batch"}, "credit='sample'"),

@@ -19,7 +19,7 @@ from onward.passes import ops
 from onward.passes.errors import NonFiniteLossError, OptionError
 from onward.runtime import program as programs
 from onward.runtime.feedback import FeedbackState, probe_interval
-from onward.runtime.linearity import DRAWS, DRAWS_AGAIN, NEAR, RELATIVE, measure
+from onward.runtime.linearity import DRAWS, RELATIVE, measure
 
 DOUBLE = torch.float64
 
@@ -266,28 +266,6 @@ def test_the_measure_is_what_its_docstring_says() -> None:
     assert found[0].nonlinearity == pytest.approx(changes[chosen], rel=1e-6)
     assert found[0].scale == pytest.approx(rms(z))
     assert 0 < chosen < len(RELATIVE) - 1, "the case is at an end of the candidates"
-
-
-@pytest.mark.parametrize("groups", ["layerwise", "joint"])
-def test_measured_again_sigma_is_sought_near_the_last(groups: str) -> None:
-    """Fewer candidates and pairs; one that is further off than they reach takes several times."""
-    program, (x, _) = plain(loss=F.mse_loss, groups=groups), data(64)
-    given = program._bind(x, torch.randn(64, 3, dtype=DOUBLE))[0]
-    with torch.no_grad():
-        first, spent = measure(program.executor, given)
-        known = {index: one.sigma for index, one in first.items()}
-        again, cheap = measure(program.executor, given, known)
-        assert cheap <= (2 * NEAR + 2) * DRAWS_AGAIN / ((len(RELATIVE) + 1) * DRAWS) * spent
-        for index, one in again.items():  # other pairs: a neighbour at most
-            assert abs(math.log2(one.sigma / first[index].sigma)) < 1.01
-        off = {index: sigma * 2.0 ** -(NEAR + 1) for index, sigma in sigmas_of(again).items()}
-        for _ in range(2):
-            off = sigmas_of(measure(program.executor, given, off)[0])
-    assert off == pytest.approx(sigmas_of(again))
-
-
-def sigmas_of(found: dict[int, Any]) -> dict[int, float]:
-    return {index: one.sigma for index, one in found.items()}
 
 
 def noise(program: onward.Program, draw: int, like: Tensor) -> Tensor:

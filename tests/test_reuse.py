@@ -5,6 +5,7 @@ That it is right on random graphs is tested where those are (test_segments): reu
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import onward
 from onward.compiler.program import CompiledModel
 from onward.models import resnet5, vit
-from onward.passes.errors import OptionError
+from onward.passes.errors import CheckpointError, OptionError
 from onward.passes.find_sites import find_sites, sites
 from onward.passes.graph import Role, outputs, placeholders
 from onward.passes.reuse_values import reuse_values
@@ -124,6 +125,64 @@ def test_a_vjp_without_values_is_left_as_it_is() -> None:
         assert all(output.kind == "gradient" for output, _ in outputs(reused))
 
 
+class TwoHeads(nn.Module):
+    """Two outputs at every token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.body(x))
+        return self.first(h), self.second(h)
+
+
+class Assigning(nn.Module):
+    """Writes into a slice of an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).clone()
+        h[:, :, 3:] = torch.tanh(h[:, :, :3])
+        result: Tensor = self.second(h)
+        return result
+
+
+def both(output: Any, target: Tensor) -> Tensor:
+    outputs = output if isinstance(output, tuple) else (output,)
+    return torch.stack([(one.square() - target[:, None, None]).square().mean((1, 2)) for one in outputs]).sum(0)
+
+
+@pytest.mark.parametrize("model", [TwoHeads, Assigning])
+@pytest.mark.parametrize("again", [False, True])
+def test_outputs_side_by_side_and_slices_that_are_written(model: type[nn.Module], again: bool) -> None:
+    """With the whole way to the outputs the gradient is autograd's, to rounding in float64."""
+    torch.manual_seed(0)
+    net, x, y = model().double(), torch.randn(4, 7, 5, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    estimator = onward.LikelihoodRatio.feedback_learned(warmup=0, reach=9, recompute=again)
+    onward.compile(net, x, loss=both, estimator=estimator).step(x, y)
+    exact = torch.autograd.grad(both(net(x), y).mean(), list(net.parameters()))
+    for parameter, gradient in zip(net.parameters(), exact, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
+
+
 def test_only_clean_captures_leave_a_choice() -> None:
     with pytest.raises(OptionError, match="recompute"):
         onward.LikelihoodRatio(recompute=True)
+
+
+def test_a_run_goes_on_with_the_other_and_from_before_there_was_a_choice() -> None:
+    program, other = made("mlp"), made("mlp", recompute=True)
+    step(program)
+    other.load_state_dict(program.state_dict())
+    assert other.step_count == 1
+    state = program.state_dict()
+    settings = json.loads(str(state["estimator"]))
+    del settings["recompute"]
+    other.load_state_dict({**state, "estimator": json.dumps(settings)})
+    settings["noise"] = "gaussian"
+    with pytest.raises(CheckpointError, match="noise='gaussian', now 'rademacher'"):
+        other.load_state_dict({**state, "estimator": json.dumps(settings)})

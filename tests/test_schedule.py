@@ -315,3 +315,20 @@ def test_the_zoo_is_recorded_too():
     report = examine_schedule(model, compiled, F.cross_entropy, inputs, target, workers=1)
     assert [step.perturbed for step in report.steps] == [True, False]
     assert list(report.steps[0].timelines) == ["recorded on 1 worker", "simulated on 1 worker"]
+
+
+def test_examining_leaves_the_model_as_it_was_and_counts_the_samples_of_any_target() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+    x, target = torch.randn(5, 4), {"class": torch.arange(5) % 3, "weight": torch.ones(5)}
+
+    def loss(output: torch.Tensor, target: dict[str, torch.Tensor]) -> torch.Tensor:
+        return F.cross_entropy(output, target["class"], reduction="none") * target["weight"]
+
+    estimator = onward.LikelihoodRatio.feedback_learned(copies=2)
+    compiled = onward.compile(model, x, loss=loss, estimator=estimator).compiled
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = examine_schedule(model, compiled, loss, x, target, workers=2)
+    assert report.samples == 5
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())

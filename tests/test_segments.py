@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from random_models import Recipe, build, call
-from segment_reference import Cuts, graph_after, reference
+from segment_reference import Cuts, graph_after, graph_of_sites, reference
 from torch import Tensor, fx, nn
 from typer.testing import CliRunner
 
@@ -81,7 +81,7 @@ def check_program(program: onward.Program, x: Any, y: Any) -> None:
     verify_history(compiled)
     joined = graph_after(program, "join_segments")
     ended = {n.name for n in joined.graph.nodes if "site" in n.meta and n.meta["site"].ends == (n.name,)}
-    cuts = Cuts(graph_after(program, "find_sites"), ended)
+    cuts = Cuts(graph_of_sites(program), ended)
     assert len(cuts.segments) == len(compiled.sites)
     names = [site.name for site in compiled.sites]
     assert len(set(names)) == len(names)
@@ -130,9 +130,10 @@ def test_one_segment_is_backpropagation(recipe: Recipe) -> None:
     recipe=recipes(),
     choice=st.one_of(st.sampled_from([1, "auto"]), st.sets(st.integers(0, 6), min_size=1)),
     reach=st.integers(0, 3),
+    placement=st.sampled_from(["alive", "narrow"]),
 )
 def test_random_cuts_give_what_autograd_gives_with_the_gradient_at_the_cuts_replaced(
-    recipe: Recipe, choice: Any, reach: int
+    recipe: Recipe, choice: Any, reach: int, placement: str
 ) -> None:
     model, x, y = build(recipe)
     segments = choice if not isinstance(choice, set) else sorted(f"blocks.{number}" for number in choice)
@@ -140,7 +141,7 @@ def test_random_cuts_give_what_autograd_gives_with_the_gradient_at_the_cuts_repl
         holding = {name for name, block in model.blocks.named_children() if any(True for _ in block.parameters())}  # type: ignore[union-attr, operator]
         segments = [name for name in segments if name.removeprefix("blocks.") in holding] or 1
     try:
-        program = program_for(model, x, random_models.loss, segments=segments, reach=reach)
+        program = program_for(model, x, random_models.loss, segments=segments, reach=reach, placement=placement)
     except UnknownNameError:  # a block whose result the model throws away, or that is frozen
         hypothesis.reject()
     check_program(program, x, y)

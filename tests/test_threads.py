@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import gc
 import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import onward
 from onward.models.resnet import resnet5
@@ -337,12 +340,9 @@ def test_inside_autocast_tasks_run_on_the_callers_thread(monkeypatch: pytest.Mon
     assert any(name.startswith("onward") for name in names)
 
 
-def test_copies_and_forks_start_threads_of_their_own() -> None:
+def test_forks_start_threads_of_their_own() -> None:
     _, program = pair("auto")
     program.step(*batch())
-    twin = copy.copy(program.executor)
-    assert twin._pool is None  # type: ignore[attr-defined]
-    assert program.executor._pool is not None  # type: ignore[attr-defined]
     child = os.fork()
     if child == 0:
         finished = threading.Thread(target=program.step, args=batch(), daemon=True)
@@ -350,6 +350,72 @@ def test_copies_and_forks_start_threads_of_their_own() -> None:
         finished.join(60)
         os._exit(int(finished.is_alive()))
     assert os.waitpid(child, 0)[1] == 0
+
+
+class Averaging(nn.Module):
+    """Moves a buffer behind its last layer: a stage that no output needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("average", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(torch.tanh(self.first(x)))
+        self.average.copy_(0.9 * self.average + 1)
+        return result
+
+
+def test_buffers_that_no_output_needs_move_too() -> None:
+    for estimator in (Ratio(copies=4), Ratio.feedback_learned(copies=2, warmup=0)):
+        torch.manual_seed(0)
+        models = [Averaging()]
+        models.append(copy.deepcopy(models[0]))
+        serial = onward.compile(models[0], batch()[0], loss=F.cross_entropy, estimator=estimator)
+        threaded = onward.Program(models[1], serial.compiled, F.cross_entropy, 0, workers=3)
+        threaded.executor.concurrent = True  # type: ignore[attr-defined]
+        for _ in range(20):
+            for program in (serial, threaded):
+                program.step(*batch())
+            assert float(models[0].average) == float(models[1].average) != 0
+
+
+def test_a_failed_step_leaves_nothing_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, program = pair("layerwise", loss=lambda output, target: output.sum(1) * float("nan"))
+    steps, make = weakref.WeakSet[Step](), Step.__init__
+
+    def counted(self: Step, *given: Any) -> None:
+        make(self, *given)
+        steps.add(self)
+
+    monkeypatch.setattr(Step, "__init__", counted)
+    gc.disable()
+    try:
+        for _ in range(3):
+            with pytest.raises(NonFiniteLossError):
+                program.step(*batch())
+        assert len(steps) == 0
+    finally:
+        gc.enable()
+
+
+def test_the_loss_sees_the_callers_context() -> None:
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
+    seen = set()
+
+    def loss(output: Tensor, target: Tensor) -> Any:
+        seen.add((variable.get(), threading.current_thread() is threading.main_thread()))
+        return F.cross_entropy(output, target, reduction="none").numpy()
+
+    _, program = pair("layerwise", loss=loss)
+    variable.set("mine")
+    program.step(*batch())
+    assert seen == {("mine", False)}
+    seen.clear()
+    with FlopCounterMode(display=False) as counter:  # a mode of this thread
+        program.step(*batch())
+    assert seen == {("mine", True)}
+    assert counter.get_total_flops() > 0
 
 
 def test_threads_end_with_their_program() -> None:

@@ -117,9 +117,10 @@ def compile_setup(setup: Setup) -> CompiledModel:
 
 def _without_feedback(settings: dict[str, Any]) -> bool:
     """Whether options ask for what learned feedback does not have, and none of them for feedback itself."""
-    needs = {"feedback": "learned", "placement": "alive", "groups": "joint", "capture": "exact", "score": "exact",
+    needs = {"feedback": "learned", "groups": "joint", "capture": "exact", "score": "exact",
              "credit": "sample", "antithetic": True, "noise_on": "output"}  # fmt: skip
     differs = any(name in settings and settings[name] != needed for name, needed in needs.items())
+    differs = differs or settings.get("placement") == "operation"
     return differs and settings.get("feedback") != "learned"
 
 

@@ -106,7 +106,7 @@ class Common:
             metavar="NUMBER",
             help="Positions along each axis that share a number of noise: 2 is 2 x 2 pixels, or 2 tokens (biased: the "
             "block's mean gradient); auto: a quarter of an image's largest map, at least 4; or for some sites only, "
-            "repeated: 'stem=4'. Needs --placement alive. "
+            "repeated: 'stem=4'. Not with --placement operation. "
             "[dim]\\[default: auto][/dim]",
             rich_help_panel=_ESTIMATOR,
         ),
@@ -140,7 +140,8 @@ class Common:
         Option(
             metavar="NAME",
             help="operation: noise on every coordinate of every site; alive: not where the next operation blocks it, "
-            "and one noise for sites that meet in a sum. [dim]\\[default: alive][/dim]",
+            "and one noise for sites that meet in a sum; narrow: and behind what pools them. "
+            "[dim]\\[default: alive][/dim]",
             rich_help_panel=_ESTIMATOR,
         ),
     ] = None
@@ -159,7 +160,7 @@ class Common:
         Option(
             metavar="NAME",
             help="none, or learned: predict each gradient from the clean run by a mean Jacobian that the perturbed "
-            "runs teach; needs --placement alive --groups joint. [dim]\\[default: learned; an option that it cannot "
+            "runs teach; needs --groups joint. [dim]\\[default: learned; an option that it cannot "
             "have chooses none, and layerwise, 64 copies, sigma 0.1 in place of the defaults here][/dim]",
             rich_help_panel=_FEEDBACK,
         ),

@@ -116,8 +116,8 @@ def train(
         int,
         Option(
             min=1,
-            help="CPU threads that share a step's subgraphs, where that measures faster; torch's own threads are "
-            "divided among them.",
+            help="CPU threads that share a step's subgraphs, where that measures faster than one after the other; "
+            "torch's own threads are divided among them.",
             rich_help_panel=_TRAINING,
         ),
     ] = 1,

@@ -54,18 +54,18 @@ def choose_plain(task: CalibrationTask, sigmas: list[float]) -> Calibration:
     estimator, choose = task.base.estimator, task.choose
     least = estimator.step if "copies" in choose else estimator.copies
     regroups = {"groups", "copies"} <= choose
-    tries_alive = "placement" in choose and (estimator.placement, estimator.capture) == ("operation", "exact")
+    places = "placement" in choose and (estimator.placement, estimator.capture) == ("operation", "exact")
     tries_weights = "noise_on" in choose and estimator.noise_on == "output"
-    if not (regroups or tries_alive or tries_weights):
+    if not (regroups or places or tries_weights):
         compiled = task.compiled(replace(estimator, copies=least))
         check_budget(task, compiled)
         return _finished(task, *_measured(task, compiled, sigmas))
     alone = replace(estimator, groups="layerwise", copies=estimator.step)
     output, spent = _measured(task, task.compiled(alone), sigmas)
-    if tries_alive and (found := _tried(task, replace(alone, placement="alive"))) is not None:
-        alive, more = found
-        spent += more
-        output = min(output, alive, key=lambda trial: _left(task, trial, regroups))
+    for placement in ("alive", "narrow") if places else ():
+        if (found := _tried(task, replace(alone, placement=placement))) is not None:
+            spent += found[1]
+            output = min(output, found[0], key=lambda trial: _left(task, trial, regroups))
     weights, on_weights = output, frozenset[int]()
     if tries_weights and (found := _tried(task, replace(output.compiled.estimator, noise_on="sample"))) is not None:
         weights, more = found

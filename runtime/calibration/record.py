@@ -1,6 +1,6 @@
 """A calibration: the settings that were chosen for a model, with the measurements behind them (method.md 7, 12).
 
-`choices` measures and chooses; this is what comes out, to print, save, edit by hand and compile.
+`choose` measures and chooses; this is what comes out, to print, save, edit by hand and compile.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ do.
 
 from __future__ import annotations
 
+import copy
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from ...compiler.program import CompiledModel
 from ..loss import Loss
 from ..plan import Action, Error, Forward, Gradient, Learn, Perturb
 from ..program import Program
-from ..threads import ThreadedExecutor
+from ..threads import ThreadedExecutor, intra_op_threads
 from .bounds import critical_path, lower_bound, simulate
 from .costs import estimated_costs, measured_costs
 from .tasks import dependencies, make_tasks
@@ -50,7 +50,7 @@ class TaskReport:
     measured: float
     """Seconds, the median of `RECORDED` steps on one worker."""
     modelled: float
-    """Seconds, as `task_costs.estimated_costs` has it."""
+    """Seconds, as `costs.estimated_costs` has it."""
     critical: bool
     """Whether it is on the critical path."""
 
@@ -112,7 +112,7 @@ def median_step(steps: Sequence[Timeline]) -> Timeline:
 def examine_schedule(
     model: nn.Module, compiled: CompiledModel, loss: Loss, inputs: Any, target: Any, *, workers: int, seed: int = 0
 ) -> ScheduleReport:
-    """Record steps of a compiled model on a batch, and schedule its tasks; weights stay as they are.
+    """Record steps of a compiled model on a batch, and schedule its tasks; the model stays as it is.
 
     Args:
         model, compiled, loss, seed: as for `Program`.
@@ -122,7 +122,9 @@ def examine_schedule(
     learned = compiled.estimator.feedback == "learned"
     if learned:  # steps without a perturbed run from the beginning
         compiled = replace(compiled, estimator=replace(compiled.estimator, warmup=0))
+    model = copy.deepcopy(model)  # steps write gradients and buffers
     programs = [Program(model, compiled, loss, seed, workers=count) for count in sorted({1, workers})]
+    samples = programs[0]._bind(inputs, target)[0].samples
     for program in programs:
         if isinstance(program.executor, ThreadedExecutor):
             program.executor.concurrent = True
@@ -133,11 +135,11 @@ def examine_schedule(
     for perturbed in kinds:
         recorded = {}
         for program, count in zip(programs, sorted({1, workers}), strict=True):
-            with _intra_op(threads):
+            with intra_op_threads(threads):
                 recorded[count] = _record(program, inputs, target, perturbed, count)
         plan = serial.plan if perturbed else serial.clean_plan
-        steps.append(_schedule(compiled, plan, recorded, len(target), workers, perturbed))
-    return ScheduleReport(len(target), threads, workers, tuple(steps))
+        steps.append(_schedule(compiled, plan, recorded, samples, workers, perturbed))
+    return ScheduleReport(samples, threads, workers, tuple(steps))
 
 
 def _record(program: Program, inputs: Any, target: Any, perturbed: bool, workers: int) -> list[Timeline]:
@@ -218,14 +220,3 @@ def _describe(compiled: CompiledModel, action: Action) -> str:
             return f"learns from {compiled.runs[run].name}"
         case Gradient(site, _):
             return f"gradient of {compiled.sites[site].name}"
-
-
-@contextmanager
-def _intra_op(threads: int) -> Iterator[None]:
-    """With that many threads for torch's operations."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

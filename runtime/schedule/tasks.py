@@ -53,7 +53,7 @@ def make_tasks(compiled: CompiledModel, plan: Sequence[Action], *, in_flight: in
             case Forward(stage):
                 after |= _writers(input_keys(compiled.stages[stage]), written)
             case Error():
-                after |= {where for key, where in written.items() if key.startswith("output:")}
+                after |= {where for where, other in enumerate(plan) if isinstance(other, Forward)}  # outputs, buffers
             case Perturb(run, _, _):
                 after |= _writers(input_keys(compiled.runs[run].module), written) | {at[Error()]}
                 number = runs.index(action) - in_flight
