@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -67,6 +67,9 @@ ROWS: dict[str, Callable[[], LikelihoodRatio] | None] = {
     "bp": None,
     "auto": _auto(),
     "auto, blocks 1": _auto(blocks=1),
+    "auto, blocks 1, 8 copies": _auto(blocks=1, copies=8),
+    "auto, narrow": _auto(placement="narrow"),
+    "op, reach 0, narrow": _auto(segments="op", reach=0, placement="narrow"),
     "auto, every step": _auto(probe_every=1),
     "auto, 2 copies": _auto(copies=2),
     "auto, 8 copies": _auto(copies=8),
@@ -104,9 +107,9 @@ class Result:
     seconds: float
 
 
-def train(name: str, row: str, seed: int, epochs: int | None = None) -> Result:
+def train(name: str, row: str, seed: int, epochs: int | None = None, lr: float | None = None) -> Result:
     """Train once and test."""
-    case = CASES[name]
+    case = replace(CASES[name], **({} if lr is None else {"lr": lr}))
     dataset = models.load(case.data)
     recipe = recipe_for(case.model)
     training = Training(
@@ -161,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=["bp", "auto"], metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S")
     parser.add_argument("--epochs", type=int, help="in place of the cases'")
+    parser.add_argument("--lr", type=float, help="in place of the cases'")
     parser.add_argument("--threads", type=int, help="torch's threads")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run")
     options = parser.parse_args(argv)
@@ -173,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in options.cases:
         for seed in options.seeds:
             for row in options.rows:
-                result = train(name, row, seed, options.epochs)
+                result = train(name, row, seed, options.epochs, options.lr)
                 results.append(result)
                 console.print(
                     f"{name}, {row}, seed {seed}: {result.test_accuracy:.4f} in {result.seconds:.1f} s",

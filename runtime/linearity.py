@@ -36,9 +36,6 @@ DISTINCT = 0.6
 DRAWS = 4
 """Antithetic pairs a candidate."""
 
-DRAWS_AGAIN = 2
-"""The same where σ was measured before."""
-
 
 @dataclass(frozen=True)
 class Linearity:
@@ -54,10 +51,8 @@ class Linearity:
     """Mean square of ``r(σ)``: the variance of a coordinate's gradient estimate from one pair and sample."""
 
 
-def measure(executor: SerialExecutor, given: StepInput, draws: int = DRAWS) -> tuple[dict[int, Linearity], float]:
+def measure(executor: SerialExecutor, given: StepInput) -> tuple[dict[int, Linearity], float]:
     """Every perturbed site's linearity on one batch, and the perturbed forwards a sample that it took.
-
-    `draws` are the antithetic pairs of each candidate.
 
     Reads `given` as a step would and writes nothing. Raises NonFiniteLossError if the unperturbed loss is not finite.
     """
@@ -74,9 +69,8 @@ def measure(executor: SerialExecutor, given: StepInput, draws: int = DRAWS) -> t
             scale = float(value.square().mean().sqrt()) or 1.0
             responses = []
             for relative in (RELATIVE[0] / 2, *RELATIVE):
-                response = _response(executor, given, environment, run.index, index, relative * scale, draws)
-                responses.append(response)
-                spent += 2 * draws * run.share
+                responses.append(_response(executor, given, environment, run.index, index, relative * scale))
+                spent += 2 * DRAWS * run.share
             found[index] = _chosen(responses, scale, len(run.sites))
     return found, spent
 
@@ -87,19 +81,13 @@ def _returned(compiled: CompiledModel) -> list[tuple[Output, fx.Node]]:
 
 
 def _response(
-    executor: SerialExecutor,
-    given: StepInput,
-    environment: Environment,
-    run: int,
-    site: int,
-    sigma: float,
-    num_draws: int,
+    executor: SerialExecutor, given: StepInput, environment: Environment, run: int, site: int, sigma: float
 ) -> Tensor:
     """``(ℓ⁺ - ℓ⁻) / 2σ`` of every pair and sample, with noise at one site only."""
     sigmas = torch.zeros_like(given.environment["runtime:sigmas"])
     sigmas[site] = sigma
     compiled, differences = executor.compiled, []
-    for draws in torch.arange(num_draws).split(_pairs_together(compiled)):
+    for draws in torch.arange(DRAWS).split(_pairs_together(compiled)):
         losses = []
         for copies in (draws, ~draws) if compiled.sequential else (torch.cat([draws, ~draws]),):
             own = {"runtime:sigmas": sigmas, "runtime:copies": copies}

@@ -28,7 +28,7 @@ from .calibration.record import Calibration
 from .checks import ModelCheck, check_batch, first_without_statistics_of_one
 from .executor import Environment, SerialExecutor, StepInput, StepResult
 from .feedback import FeedbackState, initial_state, probe_interval
-from .linearity import DRAWS, DRAWS_AGAIN, measure
+from .linearity import measure
 from .loss import BatchLoss, Loss, SampleLoss
 from .memory import is_out_of_memory, suggest_chunk
 from .output_gradient import OutputGradient
@@ -271,7 +271,7 @@ class Program:
 
     def _measure_sigmas(self, given: StepInput) -> tuple[float, int]:
         """Take σ from the batch at hand; the perturbed forwards a sample that it took, and the step to do so again."""
-        found, spent = measure(self.executor, given, DRAWS_AGAIN if self.next_calibration else DRAWS)
+        found, spent = measure(self.executor, given)
         told = {index: one.sigma for index, one in found.items() if math.isfinite(one.sigma)}
         for index, sigma in told.items():
             self.sigmas[index] = sigma
