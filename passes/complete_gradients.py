@@ -89,6 +89,8 @@ def complete_gradient(
         cotangent = _cotangent(graph, ends[name], site, noise, score, source, ids, mask, rank)
         if mask is not None:
             cotangent = graph.call_function(_aten.mul.Tensor, (cotangent, mask))
+        if _is_tied(ends[name]):  # spread by views; the vjp was traced for a contiguous cotangent
+            cotangent = graph.call_function(_aten.contiguous.default, (cotangent,))
         for own in (user for user in ends[name].users if "returned" in user.meta):
             cotangent = graph.call_function(_aten.add.Tensor, (cotangent, _at_output(graph, own)))
         cotangent.meta["val"] = place.meta.get("val")
@@ -158,6 +160,11 @@ def _cotangent(
         terms.append(from_rows(graph, rows, coarse))
     value = terms[0] if len(terms) == 1 else graph.call_function(_aten.add.Tensor, tuple(terms))
     return _spread(graph, value, point) if point.blocks else value
+
+
+def _is_tied(end: fx.Node) -> bool:
+    point: Site | None = end.meta.get("site")
+    return point is not None and bool(point.blocks)
 
 
 def _of_blocks(point: Site) -> tuple[list[int], int, int, list[int]]:

@@ -55,7 +55,8 @@ class OutputGradient:
         graph = self._derivative(given)
         found = self._estimate(given, key) if graph is None else graph(*given.tensors)
         rows = [each.reshape(samples, -1) for each in found]
-        return losses, (rows[0] if len(rows) == 1 else torch.cat(rows, 1)) / samples
+        error = rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, 1)  # as derivatives were traced for
+        return losses, error / samples
 
     def _derivative(self, given: _Given) -> fx.GraphModule | None:
         """The graph of ``(*tensors) -> gradients at the leaves``; None for a black box."""

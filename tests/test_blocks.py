@@ -19,14 +19,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import onward
 from onward.compiler.feedback_size import jacobian_bytes, jacobian_shapes
 from onward.compiler.report import examine
 from onward.compiler.report_text import text
 from onward.compiler.verify import verify
-from onward.passes import ops
+from onward.passes import complete_gradients, ops
 from onward.passes.errors import OptionError, UnknownNameError, VerificationError
 from onward.passes.find_sites import Site
 from onward.passes.graph import Layout
@@ -572,3 +572,41 @@ def test_learning_never_diverges(**settings: Any) -> None:
     for step in range(150):
         state = problem.learn(state, step)
         assert problem.square_error(state) <= 1e6 * allowed
+
+
+class Flat(nn.Module):
+    """Reads a map as it lies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 3, 3, padding=1), nn.Linear(48, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(F.relu(self.first(x)).reshape(len(x), 48))
+        return result
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_views_spread_blocks_as_the_operator_does(
+    memory_format: torch.memory_format, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, and as contiguous as the derivative behind was traced for."""
+
+    def by_operator(graph: fx.Graph, value: fx.Node, point: Site) -> fx.Node:
+        return graph.call_function(ops.spread_blocks, (value, *complete_gradients._of_blocks(point)))
+
+    x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
+    found = []
+    for spread in (complete_gradients._spread, by_operator):
+        torch.manual_seed(0)
+        model = Flat().to(memory_format=memory_format)
+        monkeypatch.setattr(complete_gradients, "_spread", spread)
+        estimator = onward.LikelihoodRatio.feedback_learned(warmup=0, blocks=blocks)
+        program = onward.compile(model, x, loss=F.cross_entropy, estimator=estimator)
+        targets = {node.target for g in program.compiled.gradients for node in g.module.graph.nodes}
+        assert (torch.ops.onward.spread_blocks.default in targets) == (spread is by_operator)
+        for _ in range(3):
+            program.step(x, torch.tensor([0, 1, 2]))
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -151,14 +151,25 @@ class Assigning(nn.Module):
         return result
 
 
+class Turned(nn.Module):
+    """Its output, and so the loss's gradient there, lies across."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.second(torch.tanh(self.first(x)))).transpose(1, 2)
+
+
 def both(output: Any, target: Tensor) -> Tensor:
     outputs = output if isinstance(output, tuple) else (output,)
     return torch.stack([(one.square() - target[:, None, None]).square().mean((1, 2)) for one in outputs]).sum(0)
 
 
-@pytest.mark.parametrize("model", [TwoHeads, Assigning])
+@pytest.mark.parametrize("model", [TwoHeads, Assigning, Turned])
 @pytest.mark.parametrize("again", [False, True])
-def test_outputs_side_by_side_and_slices_that_are_written(model: type[nn.Module], again: bool) -> None:
+def test_outputs_in_odd_places_and_slices_that_are_written(model: type[nn.Module], again: bool) -> None:
     """With the whole way to the outputs the gradient is autograd's, to rounding in float64."""
     torch.manual_seed(0)
     net, x, y = model().double(), torch.randn(4, 7, 5, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
