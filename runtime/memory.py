@@ -12,6 +12,10 @@ from ..compiler.program import CompiledModel, PerturbedRun
 from ..passes.graph import Layout, outputs
 
 
+SHARE_TO_USE = 0.55
+"""Of the free memory, what copies may take: allocators keep some, and compiling anew with the chunk takes some."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` is torch's or Python's way of saying that an allocation failed."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -24,7 +28,7 @@ def suggest_chunk(compiled: CompiledModel, samples: int, device: torch.device) -
     estimator = compiled.estimator
     per_copy = max((_copy_bytes(compiled, run) for run in compiled.runs), default=0) * samples
     free = available_bytes(device)
-    fits = int(0.7 * free // per_copy) if per_copy else 0
+    fits = int(SHARE_TO_USE * free // per_copy) if per_copy else 0
     step = 2 if estimator.antithetic else 1
     copies = max((run.copies for run in compiled.runs), default=step)
     current = copies if estimator.chunk is None else min(estimator.chunk, copies)
