@@ -11,7 +11,6 @@ from torch import Tensor, fx
 from ..compiler.program import CompiledModel, PerturbedRun
 from ..passes.graph import Layout, outputs
 
-
 SHARE_TO_USE = 0.55
 """Of the free memory, what copies may take: allocators keep some, and compiling anew with the chunk takes some."""
 
