@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from onward import LikelihoodRatio, Program, models
 from onward import compile as compile_program
 from onward.runtime.schedule.bounds import lower_bound
+from onward.runtime.schedule.costs import measured_costs
 from onward.runtime.schedule.tasks import make_tasks
 from onward.runtime.schedule.timeline import record
 from onward.runtime.threads import ThreadedExecutor
@@ -162,12 +163,7 @@ def measure(name: str, workers: int, rounds: int) -> Row:
     alone = programs["one core"].executor
     timelines = [record(alone, variants["one core"]) for _ in range(rounds)]
     tasks = make_tasks(alone.compiled, alone.plan, in_flight=workers)
-    costs = [
-        sorted(next(span.seconds for span in timeline.spans if span.name == task.name) for timeline in timelines)[
-            rounds // 2
-        ]
-        for task in tasks
-    ]
+    costs = measured_costs(tasks, timelines)
     between = max(0.0, sorted(times["one core"])[rounds // 2] - sum(costs))  # checks, writing ``.grad``
     executor.concurrent = None
     while executor.chosen(perturbed=True) is None:

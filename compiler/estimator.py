@@ -290,6 +290,10 @@ class LikelihoodRatio:
         """Independent draws of noise among so many copies: pairs, or copies."""
         return copies // 2 if self.antithetic else copies
 
+    def num_probed(self, samples: int) -> int:
+        """Samples of a batch that are perturbed, in a step with a perturbed run."""
+        return max(1, round(self.probe * samples))
+
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON-serialisable values."""
         values = asdict(self)

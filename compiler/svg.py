@@ -11,7 +11,7 @@ from torch import fx
 from .layout import CHARACTER, GAP_X, LINE, Place, layout
 from .picture import COLOURS, Box, picture_of
 
-_MARGIN = 20.0
+MARGIN = 20.0
 
 
 def to_svg(graphs: fx.GraphModule | Mapping[str, fx.GraphModule], *, title: str = "", batch: Any = None) -> str:
@@ -22,8 +22,8 @@ def to_svg(graphs: fx.GraphModule | Mapping[str, fx.GraphModule], *, title: str 
     if any(box.captured for picture in pictures.values() for box in picture.boxes):
         roles.add("capture")
     legend = [role for role in COLOURS if role in roles]
-    top = _MARGIN + 58
-    left, bottom = _MARGIN, top
+    top = MARGIN + 58
+    left, bottom = MARGIN, top
     body: list[str] = []
     for name, picture in pictures.items():
         layers = layout(picture)
@@ -42,17 +42,21 @@ def to_svg(graphs: fx.GraphModule | Mapping[str, fx.GraphModule], *, title: str 
         right = max([place.x + place.width / 2 for place in places] + [left + len(name) * 8.0])
         bottom = max([bottom] + [place.y + place.height for place in places])
         left = right + 3 * GAP_X
-    width = max(left - 3 * GAP_X + _MARGIN, _legend_width(legend), 2 * _MARGIN + 9.0 * len(title))
-    height = bottom + _MARGIN
+    width = max(left - 3 * GAP_X + MARGIN, _legend_width(legend), 2 * MARGIN + 9.0 * len(title))
+    height = bottom + MARGIN
+    return framed([*_legend(legend), *body], width, height, title, _STYLE)
+
+
+def framed(body: Iterable[str], width: float, height: float, title: str, style: str) -> str:
+    """A drawing of this size on white, `title` at its head in the class ``head`` of `style`."""
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
             f'viewBox="0 0 {width:.0f} {height:.0f}">',
             f"<title>{escape(title)}</title>",
-            _STYLE,
+            style,
             f'<rect width="{width:.0f}" height="{height:.0f}" fill="#ffffff"/>',
-            f'<text class="head" x="{_MARGIN}" y="{_MARGIN + 10}">{escape(title)}</text>',
-            *_legend(legend),
+            f'<text class="head" x="{MARGIN}" y="{MARGIN + 10}">{escape(title)}</text>',
             *body,
             "</svg>",
             "",
@@ -73,14 +77,14 @@ text { font-family: Helvetica, Arial, sans-serif; font-size: 11px; fill: #37474f
 
 
 def _legend_width(roles: Sequence[str]) -> float:
-    return 2 * _MARGIN + sum(30 + CHARACTER * len(COLOURS[role][2]) for role in roles)
+    return 2 * MARGIN + sum(30 + CHARACTER * len(COLOURS[role][2]) for role in roles)
 
 
 def _legend(roles: Sequence[str]) -> Iterable[str]:
-    x = _MARGIN
+    x = MARGIN
     for role in roles:
         fill, border, label = COLOURS[role]
-        y = _MARGIN + 22
+        y = MARGIN + 22
         yield f'<rect x="{x:.1f}" y="{y}" width="12" height="12" rx="3" fill="{fill}" stroke="{border}"/>'
         yield f'<text x="{x + 17:.1f}" y="{y + 10}">{escape(label)}</text>'
         x += 30 + CHARACTER * len(label)

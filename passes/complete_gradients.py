@@ -89,10 +89,10 @@ def complete_gradient(
         cotangent = _cotangent(graph, ends[name], site, noise, score, source, ids, mask, rank)
         if mask is not None:
             cotangent = graph.call_function(_aten.mul.Tensor, (cotangent, mask))
-        if _is_tied(ends[name]):  # spread by views; the vjp was traced for a contiguous cotangent
-            cotangent = graph.call_function(_aten.contiguous.default, (cotangent,))
         for own in (user for user in ends[name].users if "returned" in user.meta):
             cotangent = graph.call_function(_aten.add.Tensor, (cotangent, _at_output(graph, own)))
+        # views of it, a slice of ``e``, a mask in another memory format: the vjp was traced for a contiguous cotangent
+        cotangent = graph.call_function(_aten.contiguous.default, (cotangent,))
         cotangent.meta["val"] = place.meta.get("val")
         dtype = place.meta["val"].dtype
         same = source == "feedback" and error_like(graph_module.graph).dtype == dtype  # losses may have any
@@ -162,11 +162,6 @@ def _cotangent(
     return _spread(graph, value, point) if point.blocks else value
 
 
-def _is_tied(end: fx.Node) -> bool:
-    point: Site | None = end.meta.get("site")
-    return point is not None and bool(point.blocks)
-
-
 def _of_blocks(point: Site) -> tuple[list[int], int, int, list[int]]:
     layout = point.layout
     return list(layout.sizes), layout.dim, layout.outer, list(point.blocks)
@@ -201,10 +196,7 @@ def _at_output(graph: fx.Graph, end: fx.Node) -> fx.Node:
     for start in end.meta["offsets"]:
         whole = layout.elements == error.meta["val"].shape[1]
         where = (error, 1, start, start + layout.elements)
-        rows = error
-        if not whole:  # the vjp was traced for a contiguous cotangent, which a slice is not
-            rows = graph.call_function(_aten.slice.Tensor, where)
-            rows = graph.call_function(_aten.clone.default, (rows,), {"memory_format": torch.contiguous_format})
+        rows = error if whole else graph.call_function(_aten.slice.Tensor, where)
         parts.append(from_rows(graph, rows, layout))
     total = parts[0]
     for part in parts[1:]:
@@ -220,9 +212,7 @@ def from_rows(graph: fx.Graph, rows: fx.Node, layout: Layout) -> fx.Node:
         return rows if len(after) == inner == 1 else graph.call_function(_aten.reshape.default, (rows, [-1, *after]))
     value = graph.call_function(_aten.reshape.default, (rows, [-1, *before, layout.outer, inner, *after]))
     value = graph.call_function(_aten.movedim.int, (value, 0, layout.dim + 1))
-    value = graph.call_function(_aten.reshape.default, (value, [*before, -1, *after]))
-    # the vjp was traced for a contiguous cotangent
-    return graph.call_function(_aten.clone.default, (value,), {"memory_format": torch.contiguous_format})
+    return graph.call_function(_aten.reshape.default, (value, [*before, -1, *after]))
 
 
 def _decoded(graph: fx.Graph, packed: fx.Node, capture: Capture, node: fx.Node) -> fx.Node:

@@ -16,7 +16,7 @@ buffer, constant and input leaf, and one output tuple. Facts about a node live i
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, cast
@@ -240,26 +240,31 @@ def is_floating(node: fx.Node) -> bool:
 
 def upstream(starts: Iterable[fx.Node]) -> set[fx.Node]:
     """`starts` and all nodes that they depend on."""
-    found: set[fx.Node] = set()
-    stack = list(starts)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
+    return _reached(starts, lambda node: node.all_input_nodes)
 
 
 def downstream(starts: Iterable[fx.Node]) -> set[fx.Node]:
     """`starts` and all nodes that depend on them."""
+    return _reached(starts, lambda node: node.users)
+
+
+def _reached(starts: Iterable[fx.Node], further: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     stack = list(starts)
     while stack:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            stack.extend(node.users)
+            stack.extend(further(node))
     return found
+
+
+def drop_detaches(module: fx.GraphModule) -> None:
+    """Read what a traced derivative detaches as it is (in place): no autograd graph is ever built."""
+    for node in list(module.graph.nodes):
+        if node.target == torch.ops.aten.detach.default:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            module.graph.erase_node(node)
 
 
 def getitem(node: fx.Node, index: int) -> fx.Node | None:

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import UnreachedParameterError, UnsupportedModelError
 from .find_sites import Site, sites
-from .graph import Kind, Output, Role, describe, finish, set_outputs
+from .graph import Kind, Output, Role, describe, drop_detaches, finish, set_outputs
 from .locate_samples import batch_symbol
 from .rules import Rule, rule_for, uses_batch_statistics
 
@@ -89,6 +89,7 @@ def _trace(
         cotangents = [torch.empty_like(end, memory_format=torch.contiguous_format) for end in ends]
         traced = make_fx(gradient, _DECOMPOSED, _allow_non_fake_inputs=True)(cotangents, values, weights)
     _check_symbolic(batch, core)
+    drop_detaches(traced)
     _functionalize(traced)
     _cancel_transposes(traced)
     traced.graph.eliminate_dead_code()
@@ -132,10 +133,6 @@ def _functionalize(module: fx.GraphModule) -> None:
     """Replace in-place operations by their functional twins (they act on the derivative's own intermediates)."""
     for node in list(module.graph.nodes):
         target = node.target
-        if target == torch.ops.aten.detach.default:  # no autograd graph is ever built
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            module.graph.erase_node(node)
-            continue
         if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
             name, overload = target._schema.name.removesuffix("_"), target._overloadname
             namespace, _, packet = name.partition("::")

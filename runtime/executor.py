@@ -127,10 +127,6 @@ class SerialExecutor:
         step.evaluate(Error())
         return step.environment
 
-    def num_probed(self, samples: int) -> int:
-        """Samples of a batch that are perturbed, in a step with a perturbed run."""
-        return max(1, round(self.compiled.estimator.probe * samples))
-
 
 class _Callable:
     """A graph with the names of what it reads and returns."""
@@ -167,7 +163,7 @@ class Step:
         self.losses: dict[tuple[int, int], Tensor] = {}
         self.responses: dict[tuple[int, int], Tensor] = {}
         self.corrections: Environment = {}
-        self.probed = executor.num_probed(given.samples)
+        self.probed = self.estimator.num_probed(given.samples)
         self.narrowed: dict[int, Environment] = {}
         self.clean = torch.empty(0)
         self.error = torch.empty(0)

@@ -34,9 +34,15 @@ def _check_copies(num_copies: int, dim: int) -> None:
         raise OptionError(f"a tensor without a batch dimension cannot hold {num_copies} copies; run it with one copy.")
 
 
-def _key(key: Tensor, site: int, purpose: Purpose) -> Key:
+def key_of(key: Tensor, site: int, purpose: Purpose) -> Key:
     seed, step = key.tolist()
     return Key(seed, step, site, purpose)
+
+
+def scale_of(sigmas: Tensor, site: int, z: Tensor) -> Any:
+    """A site's σ in z's dtype: a number on the host, else a tensor, so as not to wait for it."""
+    scale = sigmas[site].to(z.dtype)
+    return scale.item() if noise_source.on_host(z.device) else scale
 
 
 def _arrays(use_numpy: bool, *tensors: Tensor) -> tuple[Any, ...]:
@@ -74,9 +80,7 @@ def perturb(
     shape = list(z.shape)
     layout = layout_of(sizes, dim, outer, shape[dim] // (sizes[dim] * in_z) if dim >= 0 else 1)
     draws, runs = copy_runs(tuple(copies.tolist()))
-    scale: Any = sigmas[site].to(z.dtype)
-    if noise_source.on_host(z.device):
-        scale = scale.item()
+    scale = scale_of(sigmas, site, z)
     if dim >= 0 and not tiled:
         shape[dim] *= num_copies
     result = torch.empty(shape, dtype=z.dtype, device=z.device)
@@ -86,7 +90,7 @@ def perturb(
     if isinstance(scale, float) and scale == 0.0:
         target.copy_(clean)
         return result
-    source = Source(distribution, draws, _key(key, site, Purpose.NOISE), z.dtype, z.device, scale)
+    source = Source(distribution, draws, key_of(key, site, Purpose.NOISE), z.dtype, z.device, scale)
     pieces = _tied_pieces(source, layout, sizes, dim, outer, blocks) if blocks else source.pieces(layout)
     xp, destination, origin = _arrays(source.use_numpy, target, clean)
     mask: Any = None
@@ -167,7 +171,7 @@ def weighted_noise_sum(
     dtype = weights.dtype if weights.dtype in NUMPY_DTYPES else torch.float32
     layout = layout_of(sizes, dim, outer, weights.shape[1])
     distinct, runs = copy_runs(tuple(draws.tolist()))
-    source = Source(noise_named(noise), distinct, _key(key, site, Purpose.NOISE), dtype, weights.device)
+    source = Source(noise_named(noise), distinct, key_of(key, site, Purpose.NOISE), dtype, weights.device)
     scored = source.distribution.score(score)
     wide = weights.detach().to(dtype)
     if dim < 0:
@@ -210,7 +214,7 @@ def weighted_noise(
     _check_copies(num_copies, dim)
     layout = layout_of(sizes, dim, outer, weights.shape[1])
     draws, runs = copy_runs(tuple(copies.tolist()))
-    source = Source(noise_named(noise), draws, _key(key, site, Purpose.NOISE), weights.dtype, weights.device)
+    source = Source(noise_named(noise), draws, key_of(key, site, Purpose.NOISE), weights.dtype, weights.device)
     scored = source.distribution.score(score)
     signed = weights.detach() if dim >= 0 else weights.detach().sum(1, keepdim=True)
     if any(run.sign < 0 for run in runs):
@@ -254,7 +258,7 @@ def keyed_random(
     steps = 1.0 / torch.finfo(dtype).eps * 2.0
     truncated = row is UNIFORM and steps < 2.0**24
     wide = dtype if dtype in NUMPY_DTYPES else torch.float32
-    source = Source(row, (0,), _key(key, op, Purpose.MODEL), wide, result.device)
+    source = Source(row, (0,), key_of(key, op, Purpose.MODEL), wide, result.device)
     _, destination = _arrays(source.use_numpy and wide == dtype, result.view(-1))
     for _, _, (_, _, inner), numbers in source.pieces(Layout(1, 1, result.numel())):
         values = numbers.reshape(-1)
@@ -286,7 +290,7 @@ def stochastic_sign(
     layout = layout_of(sizes, dim, outer, x.shape[dim] // (sizes[dim] * num_copies) if dim >= 0 else 1)
     wide = x.dtype if x.dtype in NUMPY_DTYPES else torch.float32
     draws = [2 * copy if copy >= 0 else 2 * ~copy + 1 for copy in copies.tolist()]
-    source = Source(UNIFORM, draws, _key(key, site, Purpose.STOCHASTIC_CAPTURE), wide, x.device)
+    source = Source(UNIFORM, draws, key_of(key, site, Purpose.STOCHASTIC_CAPTURE), wide, x.device)
     full = (layout.rows, num_copies, layout.samples, layout.inner)
     result = torch.empty(x.shape, dtype=wide, device=x.device)
     xp, destination, values, scales = _arrays(

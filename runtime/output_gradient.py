@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._pytree import TreeSpec
 
 from ..passes import ops
+from ..passes.graph import drop_detaches
 from .loss import SampleLoss
 from .targets import repeat_target, target_leaves
 
@@ -55,7 +56,7 @@ class OutputGradient:
         graph = self._derivative(given)
         found = self._estimate(given, key) if graph is None else graph(*given.tensors)
         rows = [each.reshape(samples, -1) for each in found]
-        error = rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, 1)  # as derivatives were traced for
+        error = rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, 1)  # however an output lies
         return losses, error / samples
 
     def _derivative(self, given: _Given) -> fx.GraphModule | None:
@@ -192,10 +193,7 @@ def _trace(loss: SampleLoss, given: _Given, *, free: bool) -> fx.GraphModule | N
         return None
     if any(not _equates_sizes(guard.expr) for guard in mode.shape_env.guards):  # type: ignore[union-attr]
         return None
-    for node in list(graph.graph.nodes):
-        if node.target == torch.ops.aten.detach.default:  # autograd's own bookkeeping; nothing is recorded here
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            graph.graph.erase_node(node)
+    drop_detaches(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph

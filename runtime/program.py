@@ -339,7 +339,7 @@ class Program:
                 buffers[name].copy_(value)
         self.clean_forwards += given.samples
         if given.perturbed:
-            probed = self.executor.num_probed(given.samples)
+            probed = self.compiled.estimator.num_probed(given.samples)
             self.forwards += probed * sum(run.copies * run.share for run in self.compiled.runs)
             self.feedback = result.feedback
             if self.feedback is not None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,11 +54,10 @@ class ThreadedExecutor(SerialExecutor):
         self.workers = workers
         self.intra_op = max(1, torch.get_num_threads() // workers)
         self.concurrent: bool | None = None
-        self._tasks = {
-            perturbed: make_tasks(compiled, plan, in_flight=workers)
+        self._trials = {
+            perturbed: _Trial(make_tasks(compiled, plan, in_flight=workers))
             for perturbed, plan in ((True, self.plan), (False, self.clean_plan))
         }
-        self._trials = {perturbed: _Trial(tasks) for perturbed, tasks in self._tasks.items()}
         self._pool: ThreadPoolExecutor | None = None
         self._process = 0
 
@@ -69,37 +68,38 @@ class ThreadedExecutor(SerialExecutor):
         if step.given.device.type != "cpu" or _of_this_thread():
             super().execute(step, plan)
             return
-        if self.concurrent is not None:
-            if self.concurrent:
-                self._run_concurrently(step, self._tasks[plan is self.plan], self._trials[plan is self.plan].order)
-            else:
-                super().execute(step, plan)
-            return
         perturbed = plan is self.plan
-        trial = self._trials[perturbed]
-        concurrent = trial.concurrent()
-        started = time.perf_counter()
-        if concurrent:
-            self._run_concurrently(step, self._tasks[perturbed], trial.order)
-        elif trial.choice is None:
-            for action, costs in zip(plan, trial.costs, strict=True):
-                begun = time.perf_counter()
-                self.do(step, action, 0)
-                costs.append(time.perf_counter() - begun)
+        trial, chosen = self._trials[perturbed], self.chosen(perturbed=perturbed)
+        if chosen is None:
+            self._measure(step, trial)
+        elif chosen:
+            self._run_concurrently(step, trial)
         else:
             super().execute(step, plan)
-        trial.tell(concurrent, time.perf_counter() - started)
 
     def chosen(self, *, perturbed: bool) -> bool | None:
         """Whether steps with or without a perturbed run go side by side; None while that is being measured."""
         return self._trials[perturbed].choice if self.concurrent is None else self.concurrent
 
-    def _run_concurrently(self, step: Step, tasks: Sequence[Task], order: Sequence[float]) -> None:
+    def _measure(self, step: Step, trial: _Trial) -> None:
+        """One of the steps that are run both ways in turn."""
+        concurrent = trial.concurrent()
+        started = time.perf_counter()
+        if concurrent:
+            self._run_concurrently(step, trial)
+        else:
+            for task, costs in zip(trial.tasks, trial.costs, strict=True):
+                begun = time.perf_counter()
+                self.do(step, task.action, 0)
+                costs.append(time.perf_counter() - begun)
+        trial.tell(concurrent, time.perf_counter() - started)
+
+    def _run_concurrently(self, step: Step, trial: _Trial) -> None:
         if self._pool is None or self._process != os.getpid():  # threads do not survive a fork
             self._pool = ThreadPoolExecutor(self.workers, "onward", torch.set_num_threads, (self.intra_op,))
             self._process = os.getpid()
         step.given = replace(step.given, loss=_one_at_a_time(step.given.loss))
-        run = _Run(self, step, tasks, order)
+        run = _Run(self, step, trial)
         workers = [self._pool.submit(copy_context().run, run.work, number) for number in range(self.workers)]
         try:
             wait(workers)
@@ -115,21 +115,17 @@ class ThreadedExecutor(SerialExecutor):
                 del failed  # its traceback holds this frame, and with it all that the step computed
 
 
-@dataclass
 class _Trial:
-    """Seconds of steps run both ways, until the faster is known."""
+    """The tasks of a kind of step, and the seconds of steps run both ways, until the faster is known."""
 
-    tasks: Sequence[Task]
-    seconds: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
-    choice: bool | None = None
-    costs: list[list[float]] = field(default_factory=list)
-    """Seconds of every task in the serial steps."""
-    order: Sequence[float] = ()
-    """Of the tasks that are ready, those with the larger number go first: the longest way to the end, as measured."""
-
-    def __post_init__(self) -> None:
-        self.costs = [[] for _ in self.tasks]
-        self.order = [0.0] * len(self.tasks)
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.tasks, self.followers = tasks, followers(tasks)
+        self.seconds: dict[bool, list[float]] = {False: [], True: []}
+        self.choice: bool | None = None
+        self.costs: list[list[float]] = [[] for _ in tasks]
+        """Seconds of every task in the serial steps."""
+        self.order: Sequence[float] = [0.0] * len(tasks)
+        """Of the tasks that are ready, those with the larger number go first: the longest way left, as measured."""
 
     def concurrent(self) -> bool:
         """How to run the next step."""
@@ -138,8 +134,7 @@ class _Trial:
         return len(self.seconds[True]) < len(self.seconds[False])
 
     def tell(self, concurrent: bool, seconds: float) -> None:
-        if self.choice is not None:
-            return
+        """How long a step took that was run this way."""
         self.seconds[concurrent].append(seconds)
         if not concurrent:
             self.order = priorities(self.tasks, [statistics.median(costs) for costs in self.costs])
@@ -151,14 +146,13 @@ class _Trial:
 class _Run:
     """One step's tasks, shared by the workers."""
 
-    def __init__(self, executor: ThreadedExecutor, step: Step, tasks: Sequence[Task], order: Sequence[float]) -> None:
-        self.executor, self.step, self.tasks = executor, step, tasks
-        self.missing = [len(task.after) for task in tasks]
-        self.followers = followers(tasks)
-        self.order = order
-        self.ready = [(-order[at], at) for at, count in enumerate(self.missing) if not count]
+    def __init__(self, executor: ThreadedExecutor, step: Step, trial: _Trial) -> None:
+        self.executor, self.step = executor, step
+        self.tasks, self.followers, self.order = trial.tasks, trial.followers, trial.order
+        self.missing = [len(task.after) for task in self.tasks]
+        self.ready = [(-self.order[at], at) for at, count in enumerate(self.missing) if not count]
         heapq.heapify(self.ready)
-        self.left = len(tasks)
+        self.left = len(self.tasks)
         self.errors: list[tuple[int, BaseException]] = []
         self.changed = threading.Condition()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ from torch import Tensor
 from ..passes import ops as _declarations  # noqa: F401  (declares what is implemented here)
 from . import noise_source
 from .distributions import noise_named
-from .noise import of_draws
+from .noise import key_of, of_draws, scale_of
 from .noise_source import CPU_LIMITS, DEVICE_LIMITS, NUMPY_DTYPES, Layout, Source, copy_runs
-from .philox import Key, Purpose
+from .philox import Purpose
 
 
 class _Noise(NamedTuple):
@@ -56,11 +56,9 @@ class _Noise(NamedTuple):
         self, noise: str, draws: Sequence[int], key: Tensor, site: int, dtype: torch.dtype, device: torch.device
     ) -> Source:
         """The numbers of these draws, of whole samples at a time."""
-        seed, step = key.tolist()
         usual = CPU_LIMITS if noise_source.on_host(device) else DEVICE_LIMITS
         limits = usual._replace(elements=max(usual.elements, self.numbers))
-        where = Key(seed, step, site, Purpose.NOISE)
-        return Source(noise_named(noise), draws, where, dtype, device, limits=limits)
+        return Source(noise_named(noise), draws, key_of(key, site, Purpose.NOISE), dtype, device, limits=limits)
 
     def pieces(self, source: Source, samples: int) -> Iterator[tuple[int, slice, Tensor]]:
         """Number of the draw, samples, and their numbers (samples, count); one row where all samples share them."""
@@ -137,9 +135,7 @@ def perturb_weight(
     num_copies, shape = copies.shape[0], list(z.shape)
     samples = shape[dim] // (sizes[dim] * (num_copies if tiled else 1))
     shape[dim] = sizes[dim] * samples * num_copies
-    scale: Any = sigmas[site].to(z.dtype)
-    if noise_source.on_host(z.device):
-        scale = scale.item()
+    scale = scale_of(sigmas, site, z)
     described = _Noise(on, operation, weight, bias, groups)
     result = torch.empty(shape, dtype=z.dtype, device=z.device)
     target, clean, values = (

@@ -46,7 +46,7 @@ def choose_with_feedback(task: CalibrationTask, sigmas: list[float], batch_size:
     check_budget(task, compiled)
     linear, chosen, spent = task.linearity(compiled, sigmas)
     learned = _learned(compiled, task.bound(chosen), chosen)
-    probed = SerialExecutor(compiled, chosen).num_probed(task.given.samples) / task.given.samples
+    probed = estimator.num_probed(task.given.samples) / task.given.samples
     spent += LEARNING_STEPS * probed * forwards_of(compiled)
     copies = run.copies
     if "copies" in task.choose:

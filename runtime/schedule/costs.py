@@ -58,7 +58,7 @@ class _Counter:
 
     def __init__(self, compiled: CompiledModel, samples: int) -> None:
         self.compiled, self.samples = compiled, samples
-        self.probed = max(1, round(compiled.estimator.probe * samples))
+        self.probed = compiled.estimator.num_probed(samples)
         self.gradients = {gradient.site.index: gradient for gradient in compiled.gradients}
         self.counted: dict[tuple[fx.GraphModule, int, int], Work] = {}
 

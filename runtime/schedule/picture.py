@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from ...compiler.layout import CHARACTER
+from ...compiler.svg import MARGIN, framed
 from .timeline import KINDS, Span, Timeline
 
 COLOURS = {
@@ -20,8 +21,7 @@ COLOURS = {
 """Kind of task (`timeline.KINDS`) to fill and border, as in drawings of graphs."""
 assert COLOURS.keys() >= set(KINDS.values())
 
-_MARGIN = 20.0
-_LEFT = _MARGIN + 62
+_LEFT = MARGIN + 62
 """Where time begins, right of the workers' names."""
 _PLOT = 1000.0
 _RIGHT = 76.0
@@ -47,34 +47,20 @@ def to_picture(steps: Mapping[str, Timeline], title: str) -> str:
     longest = max((timeline.seconds for timeline in steps.values()), default=0.0)
     scale, marks = (_PLOT / longest if longest else 0.0), ticks(longest)
     legend = [kind for kind in COLOURS if any(s.kind == kind for t in steps.values() for s in t.spans)]
-    top = _MARGIN + 54
+    top = MARGIN + 54
     body: list[str] = []
     widest = 0.0
     y = top
     for name, timeline in steps.items():
         head = f"{name}: {_describe(timeline)}"
         widest = max(widest, CHARACTER * 1.15 * len(head))
-        body.append(f'<text class="name" x="{_MARGIN}" y="{y + 14:.1f}">{escape(head)}</text>')
+        body.append(f'<text class="name" x="{MARGIN}" y="{y + 14:.1f}">{escape(head)}</text>')
         body += _rows(timeline, y + _HEAD, scale, [moment for moment in marks if moment < timeline.seconds])
         y += _HEAD + timeline.workers * (_ROW + _BETWEEN) + 12
     bottom = y - 8
-    width = max(_LEFT + _PLOT + _RIGHT, 2 * _MARGIN + 9.0 * len(title), 2 * _MARGIN + widest)
-    height = bottom + 22 + _MARGIN
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-            f'viewBox="0 0 {width:.0f} {height:.0f}">',
-            f"<title>{escape(title)}</title>",
-            _STYLE,
-            f'<rect width="{width:.0f}" height="{height:.0f}" fill="#ffffff"/>',
-            f'<text class="head" x="{_MARGIN}" y="{_MARGIN + 10}">{escape(title)}</text>',
-            *_legend(legend),
-            *body,
-            *_axis(marks, longest, scale, bottom),
-            "</svg>",
-            "",
-        ]
-    )
+    width = max(_LEFT + _PLOT + _RIGHT, 2 * MARGIN + 9.0 * len(title), 2 * MARGIN + widest)
+    height = bottom + 22 + MARGIN
+    return framed([*_legend(legend), *body, *_axis(marks, longest, scale, bottom)], width, height, title, _STYLE)
 
 
 def _describe(timeline: Timeline) -> str:
@@ -112,7 +98,7 @@ def _axis(marks: Iterable[float], seconds: float, scale: float, y: float) -> Ite
 
 
 def _legend(kinds: Iterable[str]) -> Iterable[str]:
-    x, y = _MARGIN, _MARGIN + 24
+    x, y = MARGIN, MARGIN + 24
     for kind in kinds:
         fill, border = COLOURS[kind]
         yield f'<rect x="{x:.1f}" y="{y}" width="12" height="12" rx="2" fill="{fill}" stroke="{border}"/>'
@@ -127,7 +113,7 @@ def _rows(timeline: Timeline, top: float, scale: float, marks: Sequence[float]) 
         spans = [span for span in timeline.spans if span.worker == worker]
         share = sum(span.seconds for span in spans) / timeline.seconds if timeline.seconds else 0.0
         end = _LEFT + scale * timeline.seconds
-        yield f'<text x="{_MARGIN}" y="{middle:.1f}">worker {worker}</text>'
+        yield f'<text x="{MARGIN}" y="{middle:.1f}">worker {worker}</text>'
         yield f'<rect class="row" x="{_LEFT}" y="{y:.1f}" width="{end - _LEFT:.1f}" height="{_ROW}"/>'
         for x in (_LEFT + scale * moment for moment in marks):
             yield f'<line class="grid" x1="{x:.1f}" y1="{y:.1f}" x2="{x:.1f}" y2="{y + _ROW:.1f}"/>'
