@@ -9,6 +9,7 @@ outputs (`basis`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..passes import ops
 from ..passes.errors import CheckpointError
 from ..passes.find_sites import Site
 from ..passes.graph import Layout
+from . import kernels
 from .basis import Basis, empty_basis
 
 SLOW_STEP = 0.05
@@ -222,13 +224,12 @@ def learn(
     draws, samples, outputs = probe.response.shape
     seen = probe.response.reshape(draws * samples, outputs)
     error, observed = state.projected(probe.error).repeat(draws, 1), state.projected(seen)
-    rows: dict[int, Tensor] = {}
+    rows: dict[int, NoiseRows] = {}
     predicted: dict[int, Tensor] = {}
     amplitudes = {site.index: _amplitudes(site, probe) for site in sites}
     for site in sites:
-        noise_rows = _noise_rows(site, probe, noise, amplitudes[site.index])
-        rows[site.index] = noise_rows
-        predicted[site.index] = (noise_rows @ state.jacobians[site.index]).mul_(sigmas[site.index])
+        rows[site.index] = NoiseRows(site, probe, noise, amplitudes[site.index])
+        predicted[site.index] = noise_product(state.jacobians[site.index], rows[site.index]).mul_(sigmas[site.index])
     total = sum(predicted.values(), torch.zeros_like(observed))
     residual = observed - total
     spread, left = float(observed.square().sum()), float(residual.square().sum())
@@ -250,7 +251,7 @@ def learn(
     weighted = residual * _sample_weights(squares, means, coordinates).repeat(draws)[:, None]
     for site in sites:
         index = site.index
-        mean = rows[index].T @ weighted / count
+        mean = noise_product(weighted, rows[index], transposed=True) / count
         scale = step / sigmas[index] / means[index].clamp_min(1.0 / count)
         jacobians[index] = state.jacobians[index] + scale[:, None] * mean
         along = (predicted[index] * error).sum(1)
@@ -278,18 +279,43 @@ def learn(
     return (learned.turned(probe.error, 1 - (1 - BASIS_PACE * step) ** every) if moves else learned), response
 
 
-def _noise_rows(site: Site, probe: Probe, noise: str, amplitudes: Tensor) -> Tensor:
-    """Every draw's and sample's noise times the `amplitudes`, ``(draws * samples, blocks)``."""
-    layout, samples = site.grid, len(amplitudes)
-    shape = list(layout.sizes)
-    shape[layout.dim] *= samples
-    zeros = probe.response.new_zeros(shape)
-    ones = zeros.new_ones(site.index + 1)
-    where = (list(layout.sizes), layout.dim, layout.outer, False)
-    alive = None if site.blocks else probe.alive.get(site.index)
-    values = ops.perturb(zeros, probe.draws, probe.key, ones, site.index, noise, *where, alive)
-    rows = to_rows(values, layout, samples * len(probe.draws))
-    return rows * amplitudes.repeat(len(probe.draws), 1) if site.blocks else rows
+@dataclass(frozen=True)
+class NoiseRows:
+    """Every draw's and sample's noise times the `amplitudes`, ``(draws * samples, blocks)``: a factor of products."""
+
+    site: Site
+    probe: Probe
+    noise: str
+    amplitudes: Tensor
+
+    @property
+    def alive(self) -> Tensor | None:
+        return None if self.site.blocks else self.probe.alive.get(self.site.index)
+
+    @cached_property
+    def values(self) -> Tensor:
+        site, probe, layout, samples = self.site, self.probe, self.site.grid, len(self.amplitudes)
+        shape = list(layout.sizes)
+        shape[layout.dim] *= samples
+        zeros = probe.response.new_zeros(shape)
+        ones = zeros.new_ones(site.index + 1)
+        where = (list(layout.sizes), layout.dim, layout.outer, False)
+        values = ops.perturb(zeros, probe.draws, probe.key, ones, site.index, self.noise, *where, self.alive)
+        rows = to_rows(values, layout, samples * len(probe.draws))
+        return rows * self.amplitudes.repeat(len(probe.draws), 1) if site.blocks else rows
+
+
+def noise_product(right: Tensor, rows: NoiseRows, transposed: bool = False) -> Tensor:
+    """``rows @ right``, or `transposed` ``rows.T @ right``: on a GPU by a kernel where one fits."""
+    if kernels.serves(right.device):
+        product: Tensor = kernels.call("noise_product", right, rows, transposed, rows.alive)
+        return product
+    return product_of_rows(right, rows, transposed, rows.alive)
+
+
+def product_of_rows(right: Tensor, rows: NoiseRows, transposed: bool, alive: Tensor | None) -> Tensor:
+    """The definition of `noise_product`: the rows are stored, once for both products. `alive` is that of the rows."""
+    return (rows.values.T if transposed else rows.values) @ right
 
 
 def _amplitudes(site: Site, probe: Probe) -> Tensor:

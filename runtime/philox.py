@@ -72,8 +72,8 @@ def round_keys(seed: int) -> tuple[tuple[int, int], ...]:
 
 
 def philox(counter: Lanes, seed: int) -> Lanes:
-    """The four output words of a `counter` of four int64 tensors of words in [0, 2^32) that broadcast, as int64
-    tensors.
+    """The four output words of a `counter` of four words in [0, 2^32), int64 tensors that broadcast or numbers, as
+    int64 tensors; at least the first two are tensors.
 
     Signed products wrap in two's complement, so that masking gives both halves of the unsigned 64-bit product.
     """
@@ -95,8 +95,8 @@ def philox_lanes(draws: Tensor, first: int, num_blocks: int, key: Key) -> Lanes:
     `draws` is int64 (D,), on the device where the lanes are wanted.
     """
     blocks = torch.arange(first, first + num_blocks, device=draws.device) & MASK
-    constants = torch.tensor([key.site_word, key.step & MASK], device=draws.device)
-    return philox((blocks[None, :], (draws & MASK)[:, None], constants[0], constants[1]), key.seed)
+    constants = key.site_word, key.step & MASK  # numbers: as a tensor they would make the host wait for a GPU
+    return philox((blocks[None, :], (draws & MASK)[:, None], *constants), key.seed)
 
 
 def philox_lanes_numpy(draws: Sequence[int], first: int, num_blocks: int, key: Key) -> Lanes:

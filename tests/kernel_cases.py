@@ -1,0 +1,280 @@
+"""Every kernel beside its definition, as a table of calls to make on any device.
+
+Run as a script, for what holds for a whole process: ``python kernel_cases.py interpret`` makes the calls on the CPU,
+with ``TRITON_INTERPRET=1``, which must be set before Triton is imported; ``python kernel_cases.py compile`` compiles
+them for a GPU that need not be there. Both print what went wrong in each as JSON.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import hypothesis
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import onward
+from onward.passes import ops
+from onward.passes.graph import Layout
+from onward.runtime import kernels, packing
+from onward.runtime.distributions import NOISES
+from onward.runtime.feedback import NoiseRows, Probe
+from onward.runtime.kernels import proof
+
+SITE = 2
+KEY, SMALL_KEY = torch.tensor([-(2**40) - 17, 2**31 + 5]), torch.tensor([-3, 5])
+SIGMAS = torch.tensor([0.0, 1.0, 0.3])
+BATCH = 3
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# (sizes, dim, outer): elements of a sample and of the batch are no multiples of a tile, a block or a byte.
+LAYOUTS = {
+    "first": ([1, 37, 11], 0, 1),
+    "second": ([3, 1, 211], 1, 1),
+    "outer": ([2, 4, 67], 1, 2),
+    "inner": ([6, 5], 0, 3),
+    "none": ([3, 7, 61], -1, 1),
+}
+ORDERS = {"pairs": [0, 2**31 + 3, -1, -(2**31) - 4], "mixed": [4, -1, 4, 0, -5], "one": [-12]}
+FLAGS = (False, True)
+
+
+class Case(NamedTuple):
+    name: str
+    kernel: str
+    args: tuple[Any, ...]
+
+
+def clean_shape(sizes: list[int], dim: int, copies: int = 1) -> list[int]:
+    return [extent * BATCH * copies if axis == dim else extent for axis, extent in enumerate(sizes)]
+
+
+def normal(shape: Iterable[int], seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def noise_cases() -> Iterator[Case]:
+    for noise, (where, layout), dtype in itertools.product(NOISES, LAYOUTS.items(), DTYPES):
+        sizes, dim, _ = layout
+        for order in ["one"] if where == "none" else ORDERS:
+            copies = torch.tensor(ORDERS[order])
+            named = f"{noise} {where} {order} {dtype}"
+            for tiled, masked in itertools.product(FLAGS, FLAGS):
+                z = normal(clean_shape(sizes, dim, len(copies) if tiled else 1), dtype=dtype)
+                z.view(-1)[::7] = -0.0
+                alive = normal(clean_shape(sizes, dim), 1) > 0 if masked else None
+                args = (z, copies, KEY, SIGMAS, SITE, noise, *layout, tiled, alive)
+                yield Case(f"perturb {named} {'tiled' * tiled} {'masked' * masked}", "perturb", args)
+            for score, operator in itertools.product(["exact", "sign"], ["weighted_noise", "weighted_noise_sum"]):
+                weights = normal([len(copies), BATCH], dtype=dtype)
+                yield Case(f"{operator} {named} {score}", operator, (weights, copies, KEY, SITE, noise, score, *layout))
+
+
+def sign_cases() -> Iterator[Case]:
+    for (where, layout), dtype, scaled in itertools.product(LAYOUTS.items(), DTYPES, ["whole", "sample", "last"]):
+        sizes, dim, _ = layout
+        ids = torch.tensor(ORDERS["one" if where == "none" else "mixed"])
+        x = normal(clean_shape(sizes, dim, len(ids)), dtype=dtype)
+        x.view(-1)[::5] = 0.0
+        others = [axis for axis in range(x.dim()) if axis != dim]
+        scales = {"whole": x.abs().amax(), "sample": x.abs().amax(others, True), "last": x.abs().amax(-1, True)}
+        named = f"stochastic_sign {where} {dtype} {scaled}"
+        yield Case(named, "stochastic_sign", (x, scales[scaled], ids, SMALL_KEY, SITE, *layout))
+    for domain, dim, dtype in itertools.product(ops.DOMAINS, [-1, 0, 1, 2], DTYPES):
+        shape = [5, 31, 9]
+        x = normal(shape, dtype=dtype)
+        x.view(-1)[::3], x.view(-1)[1] = 0.0, torch.nan
+        sizes = [7 if axis == dim else extent for axis, extent in enumerate(shape)]
+        yield Case(f"pack_signs {domain} {dim} {dtype}", "pack_signs", (x, domain, dim))
+        packed = packing.pack_signs(x, domain, dim)
+        yield Case(f"unpack_signs {domain} {dim} {dtype}", "unpack_signs", (packed, domain, sizes, dim, dtype))
+
+
+def product_cases() -> Iterator[Case]:
+    layouts = [Layout((1, 45), 0, 1), Layout((1, 3, 64), 0, 1), Layout((1, 1, 7), 1, 1), Layout((2, 5), 0, 1)]
+    draws = torch.tensor([3, -2, 2**31 + 9, 0])
+    shapes = [(3, 5), (33, 70), (9, 20)]
+    for layout, (samples, outputs), masked, transposed in itertools.product(layouts, shapes, FLAGS, FLAGS):
+        shape = [extent * samples if axis == layout.dim else extent for axis, extent in enumerate(layout.sizes)]
+        alive = {SITE: normal(shape) > 0} if masked else {}
+        site: Any = SimpleNamespace(index=SITE, blocks=(), layout=layout, grid=layout)
+        probe = Probe(
+            torch.empty(len(draws), samples, outputs), torch.empty(samples, outputs), dict(alive), draws, SMALL_KEY
+        )
+        rows = NoiseRows(site, probe, "rademacher", torch.ones(samples, 1))
+        right = normal([samples * len(draws) if transposed else layout.elements, outputs], 1)
+        named = f"noise_product {layout.sizes} {samples}x{outputs} {'masked' * masked} {'transposed' * transposed}"
+        yield Case(named, "noise_product", (right, rows, transposed, rows.alive))
+
+
+def all_cases() -> Iterator[Case]:
+    yield from itertools.chain(noise_cases(), sign_cases(), product_cases())
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A call's argument on a device; what the definitions read on the host stays there."""
+    if isinstance(value, NoiseRows):
+        probe = value.probe
+        alive = {site: mask.to(device) for site, mask in probe.alive.items() if mask is not None}
+        probe = replace(probe, response=probe.response.to(device), alive=alive)
+        return replace(value, probe=probe, amplitudes=value.amplitudes.to(device))
+    return value.to(device) if isinstance(value, Tensor) and value.dtype != torch.int64 else value
+
+
+def check(case: Case, device: torch.device) -> None:
+    """The kernel's result on a device against the definition's on the CPU, as `proof` compares them."""
+    from onward.runtime.kernels.table import KERNELS
+
+    kernel = KERNELS[case.kernel]
+    there = [moved(value, device) for value in case.args]
+    assert kernel.fits(*there), "the kernel does not cover this call"
+    expected = kernel.definition(*case.args)
+    assert kernel.telling(expected, *case.args)
+    actual = kernel.launch(*there)
+    assert actual.is_contiguous()
+    difference = proof._difference(kernel, expected, actual.cpu(), *case.args)
+    assert difference is None, difference
+
+
+def check_scale_of_zero(dtype: torch.dtype, tiled: bool, device: torch.device) -> None:
+    from onward.runtime.kernels.noise import perturb
+
+    z = torch.tensor([[-0.0, 0.0, 1.0, -torch.inf, torch.nan]], dtype=dtype)
+    given = z.repeat(2, 1) if tiled else z
+    arguments = (given.to(device), torch.tensor([0, -1]), KEY, SIGMAS.to(device))
+    result = perturb(*arguments, 0, "gaussian", [1, 5], 0, 1, tiled).cpu()
+    assert result.view(torch.uint8).tolist() == z.repeat(2, 1).view(torch.uint8).tolist()
+
+
+def check_any_packing(device: torch.device) -> None:
+    @hypothesis.settings(max_examples=20, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=4), data=st.data())
+    def pack_and_unpack(shape: list[int], data: st.DataObject) -> None:
+        dim = data.draw(st.integers(-1, len(shape) - 1))
+        x = normal(shape)
+        x.view(-1)[0] = 1.0
+        check(Case("", "pack_signs", (x, "signed", dim)), device)
+        packed = packing.pack_signs(x, "signed", dim)
+        check(Case("", "unpack_signs", (packed, "signed", shape, dim, torch.float32)), device)
+
+    pack_and_unpack()
+
+
+def other_checks() -> Iterator[tuple[str, Callable[[torch.device], None]]]:
+    for dtype, tiled in itertools.product(DTYPES, FLAGS):
+        yield f"a scale of zero {dtype} {tiled}", partial(check_scale_of_zero, dtype, tiled)
+    yield "any packing", check_any_packing
+
+
+def gradients(estimator: onward.LikelihoodRatio, device: torch.device) -> Tensor:
+    """Of the second step of a small net."""
+    x, y = torch.rand(5, 1, 6, 6, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 0, 1])
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 7), nn.ReLU(), nn.Linear(7, 3))
+    program = onward.compile(model.to(device), x.to(device), loss=F.cross_entropy, estimator=estimator)
+    for _ in range(2):
+        model.zero_grad()
+        program.step(x.to(device), y.to(device))
+    return torch.cat([parameter.grad.flatten().cpu() for parameter in model.parameters()])
+
+
+def steps() -> Iterator[tuple[str, onward.LikelihoodRatio, set[str]]]:
+    """Estimators, and the kernels that a step takes with them."""
+    learned = {"noise": "rademacher", "copies": 2, "warmup": 0, "reach": 0, "correction": "full"}
+    used = {"perturb", "weighted_noise_sum", "noise_product"}
+    yield "learned feedback", onward.LikelihoodRatio.feedback_learned(**learned), used
+    signs = {"perturb", "weighted_noise_sum", "pack_signs", "unpack_signs"}
+    stochastic = onward.LikelihoodRatio(noise="laplace", copies=2, capture="stochastic")
+    yield "stochastic capture", stochastic, {*signs, "stochastic_sign"}
+    yield "ALR", onward.LikelihoodRatio.alr(copies=2), {*signs, "weighted_noise"}
+
+
+def check_step(estimator: onward.LikelihoodRatio, used: set[str], device: torch.device) -> None:
+    """Training steps with kernels in the place of the definitions: those that should be used are, and all hold."""
+    with mock.patch.object(proof, "proved", lambda kernel, *args: kernel.definition(*args)):
+        expected = gradients(estimator, device)
+    proof._verdicts.clear()
+    actual = gradients(estimator, device)
+    assert {kind[0] for kind in proof._verdicts} == used, proof._verdicts
+    assert all(proof._verdicts.values()), proof._verdicts
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
+
+
+def thinned(cases: Iterator[Case], stride: int) -> list[Case]:
+    """Every so-and-so-many case. A stride that shares no factor with the number of values of any column leaves every
+    value of each with every value of any other."""
+    return list(itertools.islice(cases, 0, None, stride))
+
+
+def interpreted() -> Iterator[tuple[str, Callable[[], None]]]:
+    """The interpreter takes a tenth of a second a case."""
+    for case in [*thinned(noise_cases(), 29), *thinned(sign_cases(), 5), *thinned(product_cases(), 5)]:
+        yield case.name, partial(check, case, CPU)
+    for name, other in other_checks():
+        yield name, partial(other, CPU)
+    kernels.register("CPU")  # from here on the operators run kernels
+    for name, estimator, used in steps():
+        yield f"a step of {name}", partial(check_step, estimator, used, CPU)
+
+
+def compiled() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Each kernel as a call compiles it for an H100, down to machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    target = GPUTarget("cuda", 90, 32)
+    driver = SimpleNamespace(
+        get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda _: 0
+    )
+    triton.runtime.driver.set_active(driver)
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        result = run(self, *args, grid=grid, warmup=True, **options)
+        assert "cubin" in result.asm
+        fused = re.findall(r"\b(?:fma|mad)\.\w*\.?f32|approx|ftz", result.asm["ptx"])
+        assert not fused or self.fn.__module__.endswith("product"), f"not the definition's rounding: {fused}"
+
+    JITFunction.run = compile_only
+    from onward.runtime.kernels.table import KERNELS
+
+    for cases, stride in ((noise_cases(), 7), (sign_cases(), 5), (product_cases(), 1)):
+        for case in thinned(distinct(cases), stride):
+            yield case.name, partial(KERNELS[case.kernel].launch, *case.args)
+
+
+def distinct(cases: Iterator[Case]) -> Iterator[Case]:
+    """Those that differ in dtypes, noise, score or domain."""
+    seen = set()
+    for case in cases:
+        names = [value for value in case.args if isinstance(value, (str, torch.dtype))]
+        kind = (case.kernel, case.args[0].dtype, *names, "transposed" in case.name)
+        if kind not in seen:
+            seen.add(kind)
+            yield case
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    outcomes = {}
+    for case_name, run_case in {"interpret": interpreted, "compile": compiled}[sys.argv[1]]():
+        try:
+            run_case()
+            outcomes[case_name] = ""
+        except Exception:
+            outcomes[case_name] = traceback.format_exc()
+    json.dump(outcomes, sys.stdout)
