@@ -1,6 +1,7 @@
 """Tasks and schedules: properties over random graphs of tasks, and the tasks of real programs."""
 
 import itertools
+from random import Random
 
 import networkx
 import pytest
@@ -14,10 +15,11 @@ import onward
 from onward import LikelihoodRatio
 from onward.compiler.cost import count_work, total_flops
 from onward.compiler.driver import compile_model
-from onward.compiler.program import CompiledModel
-from onward.runtime.plan import Forward, Gradient, Perturb, chunks, make_plan
+from onward.compiler.program import CompiledModel, input_keys
+from onward.runtime.plan import Forward, Gradient, Learn, Perturb, chunks, make_plan
 from onward.runtime.schedule.bounds import critical_path, lower_bound, priorities, simulate
 from onward.runtime.schedule.costs import estimated_costs, measured_costs
+from onward.runtime.schedule.pipeline import RULES, make_pipeline, parameters_in_order, seconds_a_step
 from onward.runtime.schedule.report import RECORDED, examine_schedule
 from onward.runtime.schedule.tasks import Task, dependencies, make_tasks
 from onward.runtime.schedule.timeline import Span, Timeline
@@ -332,3 +334,84 @@ def test_examining_leaves_the_model_as_it_was_and_counts_the_samples_of_any_targ
     assert report.samples == 5
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# --- several steps ----------------------------------------------------------------------------------------------------
+
+
+def pipelines(compiled):
+    """By rule, the tasks of three steps of a program, by name, and its parameters."""
+    tasks = make_tasks(compiled, make_plan(compiled), in_flight=2)
+    found = {rule: make_pipeline(compiled, tasks, rule, 3) for rule in RULES}
+    return tasks, found, parameters_in_order(compiled)
+
+
+def ancestors(tasks):
+    """By name, the names of all tasks that have to be done before."""
+    known: dict[str, set[str]] = {}
+    for task in tasks:
+        direct = [tasks[before].name for before in task.after]
+        known[task.name] = set(direct).union(*(known[name] for name in direct))
+    return known
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_no_weight_is_stale_and_none_moves_under_its_readers(setting):
+    """In every rule: a parameter moves after its gradients and after all that read it in the step, and whatever reads
+    it in the next step comes after that. Each step's tasks wait for each other as they do in one."""
+    compiled = compiled_shared(setting)
+    tasks, found, parameters = pipelines(compiled)
+    trained = {name for gradient in compiled.gradients for name in gradient.site.parameters}
+    assert set(parameters) == trained
+    modules = {f"F{n}": stage for n, stage in enumerate(compiled.stages)}
+    modules |= {f"G{g.site.index}": g.module for g in compiled.gradients}
+    modules |= {f"P{run.index}": run.module for run in compiled.runs}
+    read = {task.name: set(input_keys(modules[task.name.split(".")[0]])) for task in tasks
+            if task.name.split(".")[0] in modules}  # fmt: skip
+    for pipeline in found.values():
+        before = ancestors(pipeline)
+        assert len(before) == len(pipeline) == 3 * (len(tasks) + len(parameters))
+        for step in range(3):
+            for task in tasks:
+                own = {f"{tasks[each].name}@{step}" for each in task.after}
+                assert own <= before[f"{task.name}@{step}"]
+                for name in parameters:
+                    if f"parameter:{name}" not in read.get(task.name, ()):
+                        continue
+                    assert f"{task.name}@{step}" in before[f"U:{name}@{step}"]
+                    assert step == 0 or f"U:{name}@{step - 1}" in before[f"{task.name}@{step}"]
+            for gradient in compiled.gradients:
+                for name in gradient.site.parameters:
+                    mine = {task.name for task in tasks if task.name.split(".")[0] == f"G{gradient.site.index}"}
+                    assert {f"{each}@{step}" for each in mine} <= before[f"U:{name}@{step}"]
+
+
+def test_what_the_rules_allow():
+    """A barrier: nothing of a step before all updates of the last. Chasing: no update before the step is done, so that
+    one that fails changes no weight. At once: the first layer's update does not wait for the last gradient."""
+    tasks, found, parameters = pipelines(compiled_shared("predicted"))
+    names = {f"{task.name}@0" for task in tasks}
+    before = {rule: ancestors(pipeline) for rule, pipeline in found.items()}
+    updates = {f"U:{name}@0" for name in parameters}
+    assert all(updates <= before["barrier"][f"{task.name}@1"] for task in tasks)
+    assert all(names <= before[rule][update] for rule in ("barrier", "chase") for update in updates)
+    assert not updates <= before["chase"]["F0@1"]
+    last = tasks[-1].name
+    assert isinstance(tasks[-1].action, Learn)
+    assert f"{last}@0" not in before["at once"][f"U:{parameters[0]}@0"]
+    assert f"{last}@0" in before["at once"][f"{last}@1"]  # what is learned is learned in order
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_fewer_waits_never_make_the_bound_longer(setting):
+    compiled = compiled_shared(setting)
+    tasks, found, parameters = pipelines(compiled)
+    random = Random(0)
+    for workers in (1, 2, 3) * 5:
+        costs = [random.randint(1, 9) for _ in tasks]
+        updates = [random.randint(1, 9) for _ in parameters]
+        bound = {rule: lower_bound(pipeline, [*costs, *updates] * 3, workers) for rule, pipeline in found.items()}
+        assert bound["at once"] <= bound["chase"] <= bound["barrier"]
+        if workers == 1:  # which gains nothing
+            seconds = seconds_a_step(compiled, tasks, costs, updates, 1, 0.0)
+            assert seconds == dict.fromkeys(RULES, sum(costs) + sum(updates))

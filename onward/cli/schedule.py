@@ -8,6 +8,7 @@ from ..compiler.columns import table, wrapped
 from ..compiler.program import CompiledModel
 from ..passes.errors import OptionError
 from ..runtime.schedule.picture import show_seconds, to_picture
+from ..runtime.schedule.pipeline import RULES
 from ..runtime.schedule.report import RECORDED, ScheduleReport, StepReport, WorkersReport, examine_schedule, median_step
 from ..runtime.schedule.timeline import to_chrome
 from .common import Setup, to_json
@@ -70,6 +71,7 @@ def schedule_text(report: ScheduleReport, name: str) -> str:
     for step in report.steps:
         heading = f"Step {_kind(step)}" if len(report.steps) > 1 else "Step"
         parts += [f"{heading}\n{_task_table(step)}", f"{_summary(step)}\n\n{_workers_table(step.workers)}"]
+        parts.append(f"  with Adam's updates, a step of many\n{_pipeline_table(step.workers)}")
     parts.append(wrapped(_LEGEND, "  "))
     return "\n\n".join(parts) + "\n"
 
@@ -80,7 +82,9 @@ _LEGEND = (
     "equal share of all tasks, whichever is longer; simulated = list scheduling of the measured times, as if workers "
     "never got in each other's way (Python's lock, memory); recorded = run, the whole step; efficiency = all tasks on "
     "one worker over the time of all workers. There are as many perturbed runs in memory as workers. On cuda times are "
-    "those of starting operations"
+    "those of starting operations. barrier = the next step begins when all weights are updated, as in the trainer; "
+    "chase = its forward follows the updates, which begin when all gradients are there and finite; at once = an update "
+    "begins with its own gradients, and a step that fails leaves some weights changed. All three are simulated"
 )
 
 
@@ -124,3 +128,15 @@ def _workers_table(workers: tuple[WorkersReport, ...]) -> str:
     ]
     columns = ["workers", "lower bound", "simulated", "efficiency", "recorded", "efficiency"]
     return table(columns, rows, "rrrrrr")
+
+
+def _pipeline_table(workers: tuple[WorkersReport, ...]) -> str:
+    rows = [
+        (
+            str(one.workers),
+            *(show_seconds(seconds) for seconds in one.pipelined.values()),
+            *(f"{one.pipelined['barrier'] / one.pipelined[rule]:.2f} ×" for rule in RULES[1:]),
+        )
+        for one in workers
+    ]
+    return table(["workers", *RULES, *(f"barrier ÷ {rule}" for rule in RULES[1:])], rows, "rrrrrr")

@@ -8,12 +8,26 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from typing import Protocol
 
-from .tasks import Task
 from .timeline import Span, Timeline
 
 
-def priorities(tasks: Sequence[Task], costs: Sequence[float]) -> tuple[float, ...]:
+class Node(Protocol):
+    """What is scheduled: a task of a step (`tasks.Task`), or of several (`pipeline.PipelineTask`)."""
+
+    @property
+    def name(self) -> str:
+        """As a timeline shows it."""
+        ...
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        """The positions of what has to be done before; all are smaller than its own."""
+        ...
+
+
+def priorities(tasks: Sequence[Node], costs: Sequence[float]) -> tuple[float, ...]:
     """Seconds of the longest path from the beginning of each task to the end of the step."""
     longest = [0.0] * len(tasks)  # over what waits for the task; then the task's own cost comes on top
     for position in reversed(range(len(tasks))):
@@ -23,7 +37,7 @@ def priorities(tasks: Sequence[Task], costs: Sequence[float]) -> tuple[float, ..
     return tuple(longest)
 
 
-def critical_path(tasks: Sequence[Task], costs: Sequence[float]) -> tuple[float, tuple[int, ...]]:
+def critical_path(tasks: Sequence[Node], costs: Sequence[float]) -> tuple[float, tuple[int, ...]]:
     """Seconds and positions of the longest chain of tasks that wait for each other; of several the first in the plan.
 
     No number of workers makes a step shorter.
@@ -37,12 +51,12 @@ def critical_path(tasks: Sequence[Task], costs: Sequence[float]) -> tuple[float,
     return ways[path[0]], tuple(path)
 
 
-def lower_bound(tasks: Sequence[Task], costs: Sequence[float], workers: int) -> float:
+def lower_bound(tasks: Sequence[Node], costs: Sequence[float], workers: int) -> float:
     """Seconds in which `workers` cannot do better: the critical path, or an equal share of all work each."""
     return max(critical_path(tasks, costs)[0], sum(costs) / workers)
 
 
-def followers(tasks: Sequence[Task]) -> list[list[int]]:
+def followers(tasks: Sequence[Node]) -> list[list[int]]:
     """For each task the positions of those that wait for it, in the plan's order."""
     found: list[list[int]] = [[] for _ in tasks]
     for position, task in enumerate(tasks):
@@ -51,7 +65,7 @@ def followers(tasks: Sequence[Task]) -> list[list[int]]:
     return found
 
 
-def simulate(tasks: Sequence[Task], costs: Sequence[float], workers: int, *, overhead: float = 0.0) -> Timeline:
+def simulate(tasks: Sequence[Node], costs: Sequence[float], workers: int, *, overhead: float = 0.0) -> Timeline:
     """The step on `workers`, by list scheduling; ties go to the plan's order and to the first worker that is free.
 
     Args:

@@ -24,6 +24,7 @@ from ..program import Program
 from ..threads import ThreadedExecutor, intra_op_threads
 from .bounds import critical_path, lower_bound, simulate
 from .costs import estimated_costs, measured_costs
+from .pipeline import measured_updates, seconds_a_step
 from .tasks import dependencies, make_tasks
 from .timeline import Timeline, record
 
@@ -67,6 +68,8 @@ class WorkersReport:
     recorded: float | None
     """Of the whole step, the median; None where it was not run."""
     recorded_efficiency: float | None
+    pipelined: dict[str, float]
+    """A step with Adam's updates among further ones, simulated, by when updates may begin (`pipeline.RULES`)."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,8 @@ def examine_schedule(
     serial = programs[0].executor
     kinds = (True, False) if learned and compiled.runs else (bool(compiled.runs),)
     threads = max(1, torch.get_num_threads() // workers)
+    with intra_op_threads(threads):
+        updates = measured_updates(compiled, model)
     steps = []
     for perturbed in kinds:
         recorded = {}
@@ -138,7 +143,7 @@ def examine_schedule(
             with intra_op_threads(threads):
                 recorded[count] = _record(program, inputs, target, perturbed, count)
         plan = serial.plan if perturbed else serial.clean_plan
-        steps.append(_schedule(compiled, plan, recorded, samples, workers, perturbed))
+        steps.append(_schedule(compiled, plan, recorded, updates, samples, workers, perturbed))
     return ScheduleReport(samples, threads, workers, tuple(steps))
 
 
@@ -154,6 +159,7 @@ def _schedule(
     compiled: CompiledModel,
     plan: Sequence[Action],
     recorded: dict[int, list[Timeline]],
+    updates: Sequence[float],
     samples: int,
     asked: int,
     perturbed: bool,
@@ -178,6 +184,7 @@ def _schedule(
                 total / (count * simulated.seconds),
                 taken,
                 None if taken is None else total / (count * taken),
+                seconds_a_step(compiled, allowed, costs, updates, count, HAND_OVER),
             )
         )
         if count == asked:
