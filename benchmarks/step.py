@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from onward import LikelihoodRatio, Program, models
 from onward import compile as compile_program
 from onward.passes import ops
+from onward.runtime.plan import Forward
 
 Step = Callable[[], object]
 
@@ -206,6 +207,10 @@ def profile(program: Program, step: Step, repeats: int, clock: Clock, device: to
     """
     watch = Stopwatch(clock, device)
     executor = program.executor
+    step()  # fuses small graphs
+    for (_, fused), graph in executor.together.items():
+        part = "forward graphs" if isinstance(fused.actions[0], Forward) else "gradient graphs"
+        graph.forward = watch.wrap(part, graph.forward)
     for graph in (*executor.stages, *executor.runs):
         graph.forward = watch.wrap("forward graphs", graph.forward)
     for graph, _ in executor.gradients.values():

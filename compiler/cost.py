@@ -115,10 +115,11 @@ def _concrete(node: fx.Node, samples: int, copies: int) -> Any:
     if node.meta["role"] == Role.RUNTIME and name in shapes:
         integer = name in ("copies", "draws", "key")
         return torch.empty(shapes[name], dtype=torch.int64 if integer else torch.float32)
-    return pytree.tree_map(lambda leaf: _like(leaf, samples), node.meta["val"])
+    return pytree.tree_map(lambda leaf: with_samples(leaf, samples), node.meta["val"])
 
 
-def _like(val: Any, samples: int) -> Any:
+def with_samples(val: Any, samples: int) -> Any:
+    """A new tensor like `val`, or its number, every symbol in it standing for `samples`."""
     if isinstance(val, torch.Tensor):
         return torch.empty([_size(extent, samples) for extent in val.shape], dtype=val.dtype, device=val.device)
     return _size(val, samples)

@@ -11,6 +11,7 @@ from .compiler.estimator import LikelihoodRatio
 from .passes.errors import OptionError, unknown_name
 from .runtime.calibration.record import Calibration
 from .runtime.loss import Loss
+from .runtime.memory.budget import parse_memory, within
 from .runtime.program import Program
 
 
@@ -22,6 +23,8 @@ def compile(
     estimator: LikelihoodRatio | Calibration | str | None = None,
     seed: int = 0,
     workers: int = 1,
+    streams: int = 1,
+    memory: int | float | str | None = None,
 ) -> Program:
     """Compile `model` into a program that trains it without a backward pass.
 
@@ -40,6 +43,12 @@ def compile(
             threads are divided among them (2 workers have half of them each). With more than one, the first steps
             measure whether tasks go faster side by side or one after the other, and the faster way is kept; the
             result's bits do not depend on it. Where neither beats a step with all threads, leave it at 1.
+        streams: streams of the GPU that they are issued on (`runtime.streams`); no bit depends on it. On a GPU
+            `workers` does nothing; on a CPU there are no streams, and more than one is an error.
+        memory: what a step on a batch of the example's size may take, beyond parameters, buffers, the batch, what
+            feedback has learned and the optimizer's state: bytes, ``"2GiB"``, or a fraction of the device's memory
+            (0.5). Chooses how many copies run side by side, by prediction (`runtime.memory`); in place of the
+            estimator's ``chunk``, and like that it does not change the noise.
 
     Raises:
         onward.errors.OnwardError: the model, an option or the example cannot work, or the calibration is of another
@@ -62,8 +71,13 @@ def compile(
         raise OptionError(f"seed={seed!r}: it has to be an integer of 64 bits.")
     if type(workers) is not int or workers < 1:
         raise OptionError(f"workers={workers!r}: the threads of a step are a number from 1 on.")
+    if type(streams) is not int or streams < 1:
+        raise OptionError(f"streams={streams!r}: the streams of a step are a number from 1 on.")
     if isinstance(estimator, Calibration):
         compiled = estimator.compile(model, example_inputs)
     else:
         compiled = compile_model(model, example_inputs, estimator or LikelihoodRatio())
-    return Program(model, compiled, loss, seed, workers=workers)
+    if memory is not None:
+        device = next(leaf[2] for leaf in compiled.captured.signature.leaves if isinstance(leaf, tuple))
+        compiled = within(compiled, parse_memory(memory, device), workers=max(workers, streams))
+    return Program(model, compiled, loss, seed, workers=workers, streams=streams)

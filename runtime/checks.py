@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -21,10 +22,12 @@ def check_batch(inputs: Any, expected: Signature, needs_two: str) -> tuple[list[
         BatchError: the batch is empty or does not fit the example.
     """
     args, kwargs = as_call(inputs)
-    names = expected.spec.child(1).context
-    if kwargs.keys() == set(names):
-        kwargs = {name: kwargs[name] for name in names}
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, spec = list(args), _spec_of_tensors(len(args))
+    if kwargs or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        names = expected.spec.child(1).context
+        if kwargs.keys() == set(names):
+            kwargs = {name: kwargs[name] for name in names}
+        leaves, spec = pytree.tree_flatten((args, kwargs))
     if spec != expected.spec:
         raise BatchError(
             f"the inputs have another structure than the example: expected {_structure(expected.spec)}, got "
@@ -48,6 +51,12 @@ def check_batch(inputs: Any, expected: Signature, needs_two: str) -> tuple[list[
     return leaves, samples
 
 
+@lru_cache(maxsize=64)
+def _spec_of_tensors(count: int) -> pytree.TreeSpec:
+    """The structure of so many positional arguments."""
+    return pytree.tree_structure((tuple([0] * count), {}))
+
+
 class ModelCheck:
     """Finds a model's parameters and buffers, and whether they are still those that it was compiled with."""
 
@@ -63,13 +72,23 @@ class ModelCheck:
         """Whether each parameter that the graph reads is trainable, and its value as a fake tensor, by name."""
         canonical = {id(parameter): name for name, parameter in model.named_parameters()}
         self._names = {name: canonical[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        self._modules: list[nn.Module] = []
+        self._seen: list[Any] = []
+        self._found: tuple[dict[str, nn.Parameter], dict[str, Tensor]] = {}, {}
 
     def __call__(self) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-        """The model's parameters and buffers under all their names, from one walk over its modules.
+        """The model's parameters and buffers under all their names; a walk over its modules where anything is new.
 
         Raises:
             ModeError: its mode or its parameters are not those that it was compiled with.
         """
+        if not self._modules or _everything(self._modules) != self._seen:
+            self._found = self._walk()
+            self._modules = list(self.model.modules())
+            self._seen = _everything(self._modules)
+        return self._found
+
+    def _walk(self) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for name, training in self.training.items():
             if name not in modules:
@@ -110,6 +129,19 @@ class ModelCheck:
             was, now = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (val, parameter))
             return f"was changed from {was} to {now}"
         return None
+
+
+def _everything(modules: list[nn.Module]) -> list[Any]:
+    """All that a walk over these modules would find, for a comparison that costs a fraction of it. What the identities
+    belong to is kept alive by whoever keeps the list."""
+    found: list[Any] = []
+    for module in modules:
+        found += (module.training, *map(id, module._modules.values()), *map(id, module._buffers.values()))
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                described = parameter.requires_grad, parameter.shape, parameter.dtype, parameter.device
+                found += (id(parameter), described)
+    return found
 
 
 def first_without_statistics_of_one(module: fx.GraphModule) -> str:

@@ -6,25 +6,29 @@ task waits for (`tasks`), and writes what no other does at the same time, so tha
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..compiler.program import CompiledModel, GradientSubgraph, input_keys, output_keys
+from ..compiler.program import CompiledModel, GradientSubgraph
 from ..passes.errors import NonFiniteLossError
 from ..passes.separate_outputs import returned
+from .bindings import BoundGraph, Environment
 from .feedback import FeedbackState, Probe, learn
+from .finite import all_finite
+from .fusion import Fused, fuse, fuse_plan
+from .lifetimes import NARROWED, lifetimes
 from .narrow import narrow
 from .output_gradient import OutputGradient
 from .plan import Action, Error, Forward, Gradient, Learn, Perturb, chunks, make_plan
-
-Environment = dict[str, Any]
+from .precision import outside_autocast
 
 
 @dataclass
@@ -79,21 +83,28 @@ class SerialExecutor:
         self.record: Record | None = None
         self.plan = make_plan(compiled)
         self.clean_plan = make_plan(compiled, perturbed=False)
+        self.lifetimes = {True: lifetimes(compiled, self.plan), False: lifetimes(compiled, self.clean_plan)}
+        """Of both plans, by whether the step is perturbed."""
         self.copies = [
             [torch.tensor(chunk, dtype=torch.int64) for chunk in chunks(compiled, run)] for run in compiled.runs
         ]
         self.draws = [torch.arange(compiled.estimator.draws(run.copies)) for run in compiled.runs]
         self.clean_copies = torch.zeros(1, dtype=torch.int64)
-        self.stages = [_Callable(stage) for stage in compiled.stages]
-        self.runs = [_Callable(run.module) for run in compiled.runs]
+        self.stages = [BoundGraph(stage) for stage in compiled.stages]
+        self.runs = [BoundGraph(run.module) for run in compiled.runs]
         learns = compiled.estimator.feedback == "learned"
         self.returned = [index for index, _ in returned(compiled.graph.graph)] if learns else []
         self.corrects = any(g.source == "corrected" for g in compiled.gradients)
-        self.gradients = {g.site.index: (_Callable(g.module), g) for g in compiled.gradients}
+        self.gradients = {g.site.index: (BoundGraph(g.module), g) for g in compiled.gradients}
+        for subgraph, _ in self.gradients.values():
+            subgraph.forward = outside_autocast(subgraph.forward)
         self.readers = [
             {g.site.index for g in compiled.gradients if g.per_copy and g.run == run.index} for run in compiled.runs
         ]
         """By run, the sites whose gradients read captures of the copies' own."""
+        self.together: dict[tuple[bool, Fused], BoundGraph] = {}
+        """The graphs of fused actions, by whether the step is perturbed (they return what others read), once needed."""
+        self._fused_plans: dict[bool, tuple[Action | Fused, ...]] = {}
 
     def threads(self) -> AbstractContextManager[None]:
         """With the intra-op threads of this executor's operations, for all that belongs to a step."""
@@ -106,18 +117,39 @@ class SerialExecutor:
         return step.result
 
     def execute(self, step: Step, plan: Sequence[Action]) -> None:
-        """Do the actions of a plan, in its order."""
-        for action in plan:
+        """Do the actions of a plan, in its order; small ones together, unless each is to be recorded."""
+        for action in plan if self.record is not None else self.fused(plan):
             self.do(step, action, 0)
 
-    def do(self, step: Step, action: Action, worker: int) -> None:
+    def fused(self, plan: Sequence[Action]) -> Sequence[Action | Fused]:
+        """The plan as `execute` does it."""
+        perturbed = plan is self.plan
+        if perturbed not in self._fused_plans:
+            known = self.lifetimes[perturbed]
+            self._fused_plans[perturbed] = fuse_plan(self.compiled, plan, known)
+            for action in self._fused_plans[perturbed]:
+                if isinstance(action, Fused):
+                    whole = BoundGraph(fuse(self.compiled, action, known))
+                    if isinstance(action.actions[0], Gradient):
+                        whole.forward = outside_autocast(whole.forward)
+                    self.together[perturbed, action] = whole
+        return self._fused_plans[perturbed]
+
+    def do(self, step: Step, action: Action | Fused, worker: int) -> None:
         """Do one action."""
         if self.record is None:
-            _HANDLERS[type(action)](step, action)
+            HANDLERS[type(action)](step, action)
+            step.release(action)
             return
         started = time.perf_counter()
-        _HANDLERS[type(action)](step, action)
+        HANDLERS[type(action)](step, action)
+        step.release(action)
         self.record(str(action), worker, started, time.perf_counter())
+
+    def demand_finite(self, values: Tensor, fail: Callable[[], NoReturn]) -> None:
+        """Have `fail` raise unless all values are finite: here at once, and before a step ends in any case."""
+        if not all_finite(values):
+            fail()
 
     def run_clean(self, given: StepInput) -> Environment:
         """All values of the clean run, its losses checked; `given` stays as it is. Raises as `run`."""
@@ -126,26 +158,6 @@ class SerialExecutor:
             step.forward(Forward(stage))
         step.evaluate(Error())
         return step.environment
-
-
-class _Callable:
-    """A graph with the names of what it reads and returns."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.forward = module.forward
-        self.inputs = input_keys(module)
-        self.outputs = output_keys(module)
-
-    def __call__(self, *environments: Environment) -> Environment:
-        """Run on the first environment that has each input."""
-        arguments = []
-        for key in self.inputs:
-            for environment in environments:
-                if key in environment:
-                    arguments.append(environment[key])
-                    break
-        assert len(arguments) == len(self.inputs), set(self.inputs).difference(*environments)
-        return dict(zip(self.outputs, self.forward(*arguments), strict=True))
 
 
 class Step:
@@ -165,6 +177,10 @@ class Step:
         self.corrections: Environment = {}
         self.probed = self.estimator.num_probed(given.samples)
         self.narrowed: dict[int, Environment] = {}
+        self.lifetimes = executor.lifetimes[given.perturbed]
+        self.unfinished = dict(self.lifetimes.readers)
+        """By key, how many actions have still to read its value."""
+        self.releasing = threading.Lock()
         self.clean = torch.empty(0)
         self.error = torch.empty(0)
         self.result = StepResult([], self.clean, feedback=given.feedback)
@@ -172,8 +188,29 @@ class Step:
             for site, jacobian in given.feedback.jacobians.items():
                 self.environment[f"runtime:feedback.{site}"] = jacobian
 
+    def release(self, action: Action | Fused) -> None:
+        """After an action: let go of the values that nothing else in the step's plan reads (`lifetimes`)."""
+        with self.releasing:
+            ended = []
+            for key in action.reads if isinstance(action, Fused) else self.lifetimes.reads[action]:
+                self.unfinished[key] -= 1
+                if not self.unfinished[key]:
+                    ended.append(key)
+        for key in ended:
+            if key.startswith(NARROWED):
+                self.narrowed.pop(int(key.removeprefix(NARROWED)), None)
+            else:
+                self.environment.pop(key, None)
+
     def forward(self, action: Forward) -> None:
         self.environment.update(self.executor.stages[action.stage](self.environment))
+
+    def fused(self, action: Fused) -> None:
+        found = self.executor.together[self.given.perturbed, action](self.environment)
+        if isinstance(action.actions[0], Forward):
+            self.environment.update(found)
+        else:
+            self._add(found)
 
     def evaluate(self, action: Error) -> None:
         given, result = self.given, self.result
@@ -190,13 +227,7 @@ class Step:
             self.environment["runtime:error"] = self.error
             if given.feedback is not None and given.feedback.basis is not None:
                 self.environment["runtime:projected_error"] = given.feedback.projected(self.error)
-        if not bool(torch.isfinite(self.clean).all()):
-            where = "" if self.clean.numel() == 1 else f" of sample {int((~torch.isfinite(self.clean)).nonzero()[0])}"
-            raise NonFiniteLossError(
-                f"the loss{where} is {float(self.clean[~torch.isfinite(self.clean)][0])} before any noise was added. "
-                "Gradients, buffers and weights are as before the step. Check the inputs and the weights (a lower "
-                "learning rate?)."
-            )
+        self.executor.demand_finite(self.clean, self._fail_clean)
         result.losses = self.clean.reshape(()) if self.estimator.credit == "batch" else self.clean
         result.buffers = {
             key.removeprefix("mutation:"): value
@@ -211,17 +242,19 @@ class Step:
         found = self.executor.runs[action.run](runtime, self._read_by(action.run))
         readers = self.executor.readers[action.run]
         if readers:
-            self.perturbed[at], self.unread[at] = {**found, **runtime}, set(readers)
+            captures = {key: value for key, value in found.items() if key.startswith("capture:")}
+            self.perturbed[at], self.unread[at] = {**captures, **runtime}, set(readers)
         leaves = output_leaves(found)
         if self.estimator.feedback == "learned":
             shown = [leaves[index] for index in self.executor.returned]
             response = torch.cat([leaf.reshape(len(action.copies), probed, -1) for leaf in shown], 2)
-            self._check(response.sum(2), action, "output")
+            summed = response.sum(2)
+            self.executor.demand_finite(summed, lambda: self._fail(summed, action, "output"))
             self.responses[at] = response
             if not self.executor.corrects:
                 return
         losses = given.loss(leaves, len(action.copies), probed)
-        self._check(losses, action, "loss")
+        self.executor.demand_finite(losses, lambda: self._fail(losses, action, "loss"))
         self.losses[at] = losses
 
     def learn(self, action: Learn) -> None:
@@ -232,10 +265,13 @@ class Step:
         clean = self._read_by(action.run)
         alive = {site.index: clean.get(f"value:{run.alive.get(site.index)}") for site in sites}
         response = self._differences(self._in_order(self.responses, action.run)) / 2
-        probe = Probe(
-            response, self.error[: self.probed], alive, self.executor.draws[action.run], self.environment["runtime:key"]
-        )
-        self.result.feedback, predicted = learn(state, probe, sites, self.executor.sigmas, self.estimator.noise)
+        draws, key = self.executor.draws[action.run], self.environment["runtime:key"]
+
+        def learn_from(response: Tensor, error: Tensor) -> tuple[FeedbackState, Tensor]:
+            probe = Probe(response, error, alive, draws, key)
+            return learn(state, probe, sites, self.executor.sigmas, self.estimator.noise)
+
+        self.result.feedback, predicted = outside_autocast(learn_from)(response, self.error[: self.probed])
         if self.executor.corrects:
             observed = self._differences(self._in_order(self.losses, action.run)) / (2 * self.given.samples)
             unexplained = observed - predicted
@@ -262,13 +298,17 @@ class Step:
         elif description.shrunk:
             found = self._shrunk(subgraph, action.site, given)
         else:
-            found = subgraph(given, self.environment)
+            found = subgraph(given, self.environment) if given else subgraph(self.environment)
+        self._add(found)
+
+    def _add(self, found: Environment) -> None:
+        """To the gradients of the step."""
+        gradients = self.result.gradients
         for key, value in found.items():
             name = key.removeprefix("gradient:")
-            gradients = self.result.gradients
             gradients[name] = gradients[name] + value if name in gradients else value
 
-    def _shrunk(self, subgraph: _Callable, site: int, given: Environment) -> Environment:
+    def _shrunk(self, subgraph: BoundGraph, site: int, given: Environment) -> Environment:
         """The prediction plus α times the correction (method.md 12). The subgraph is linear in the error and in the
         weights, so that each half of the draws gives its part of the correction."""
         state = self.result.feedback
@@ -298,11 +338,16 @@ class Step:
             self.narrowed[run] = narrow(module, self.environment, self.given.samples, self.probed)
         return self.narrowed[run]
 
-    def _check(self, values: Tensor, action: Perturb, what: str) -> None:
-        finite = torch.isfinite(values)
-        if bool(finite.all()):
-            return
-        row, column = (int(index) for index in (~finite).nonzero()[0])
+    def _fail_clean(self) -> NoReturn:
+        where = "" if self.clean.numel() == 1 else f" of sample {int((~torch.isfinite(self.clean)).nonzero()[0])}"
+        raise NonFiniteLossError(
+            f"the loss{where} is {float(self.clean[~torch.isfinite(self.clean)][0])} before any noise was added. "
+            "Gradients, buffers and weights are as before the step. Check the inputs and the weights (a lower "
+            "learning rate?)."
+        )
+
+    def _fail(self, values: Tensor, action: Perturb, what: str) -> NoReturn:
+        row, column = (int(index) for index in (~torch.isfinite(values)).nonzero()[0])
         run = self.compiled.runs[action.run]
         names = ", ".join(self.compiled.sites[site].name for site in run.sites[:3])
         more = ", …" if len(run.sites) > 3 else ""
@@ -341,12 +386,13 @@ class Step:
         return torch.cat([plus - minus for plus, minus in (chunk.chunk(2) for chunk in losses)])
 
 
-_HANDLERS: dict[type, Callable[[Step, Any], None]] = {
+HANDLERS: dict[type, Callable[[Step, Any], None]] = {
     Forward: Step.forward,
     Error: Step.evaluate,
     Perturb: Step.perturb,
     Learn: Step.learn,
     Gradient: Step.gradient,
+    Fused: Step.fused,
 }
 
 

@@ -22,7 +22,8 @@ from torch import Tensor, fx
 
 from ..compiler.program import CompiledModel
 from ..passes.graph import Output, outputs
-from .executor import Environment, SerialExecutor, StepInput, output_leaves
+from .bindings import Environment
+from .executor import SerialExecutor, StepInput, output_leaves
 
 RELATIVE = tuple(2.0**power for power in range(-7, 2))
 """Candidates for σ, as multiples of the root mean square of the tensor that receives the noise."""
@@ -67,10 +68,12 @@ def measure(executor: SerialExecutor, given: StepInput) -> tuple[dict[int, Linea
             key = f"parameter:{at_weight.weight}" if at_weight else f"value:{compiled.sites[index].output}"
             value = environment[key if key in environment else f"output:{returned[index]}"]
             scale = float(value.square().mean().sqrt()) or 1.0
-            responses = []
-            for relative in (RELATIVE[0] / 2, *RELATIVE):
-                responses.append(_response(executor, given, environment, run.index, index, relative * scale))
+            responses: list[Tensor] = []  # from the largest σ down: the first that is linear is chosen
+            for relative in (*reversed(RELATIVE), RELATIVE[0] / 2):
+                responses.append(response(executor, given, environment, run.index, index, relative * scale))
                 spent += 2 * DRAWS * run.share
+                if len(responses) > 1 and _change(*responses[-2:]) <= LINEAR:
+                    break
             found[index] = _chosen(responses, scale, len(run.sites))
     return found, spent
 
@@ -80,7 +83,7 @@ def _returned(compiled: CompiledModel) -> list[tuple[Output, fx.Node]]:
     return [(o, node) for o, node in outputs(compiled.graph) if o.kind == "output" and isinstance(node, fx.Node)]
 
 
-def _response(
+def response(
     executor: SerialExecutor, given: StepInput, environment: Environment, run: int, site: int, sigma: float
 ) -> Tensor:
     """``(ℓ⁺ - ℓ⁻) / 2σ`` of every pair and sample, with noise at one site only."""
@@ -104,22 +107,27 @@ def _pairs_together(compiled: CompiledModel) -> int:
     return 1 if compiled.sequential else DRAWS if chunk is None else max(1, chunk // 2)
 
 
+def _change(whole: Tensor, half: Tensor) -> float:
+    """By how much of its size a response changes when σ is halved; infinite where nothing responds."""
+    size = float(whole.norm())
+    change = float((whole - half).norm()) / size if size > 0 else math.inf
+    return change if change == change else math.inf  # a perturbed loss may be NaN
+
+
 def _chosen(responses: Sequence[Tensor], scale: float, together: int) -> Linearity:
-    """The candidate that the module's docstring describes, for a site that is perturbed `together` with others;
-    `responses` has one more, half of the first."""
+    """The candidate that the module's docstring describes, for a site that is perturbed `together` with others.
+
+    `responses` begin with the largest candidate's and go down to the first that is linear, and to half of it; or to
+    half of the smallest.
+    """
     if not any(bool(response.any()) for response in responses):
         return Linearity(scale, math.nan, math.nan, 0.0)
-    changes = []
-    for half, whole in itertools.pairwise(responses):
-        size = float(whole.norm())
-        change = float((whole - half).norm()) / size if size > 0 else float("inf")
-        changes.append(change if change == change else float("inf"))  # a perturbed loss may be NaN
+    changes = [_change(whole, half) for whole, half in itertools.pairwise(responses)]
+    best = min(range(len(changes)), key=changes.__getitem__)
     shared = 1.0
-    linear = [number for number, change in enumerate(changes) if change <= LINEAR]
-    best = linear[-1] if linear else min(range(len(changes)), key=changes.__getitem__)
-    if linear:
-        shared = math.sqrt(together)
+    if changes[-1] <= LINEAR:
+        best, shared = len(changes) - 1, math.sqrt(together)
     elif changes[best] > DISTINCT:
-        best = RELATIVE.index(1.0)
-    variance = float(responses[best + 1].square().mean())
-    return Linearity(scale, RELATIVE[best] * scale / shared, changes[best], variance)
+        best = RELATIVE[::-1].index(1.0)
+    variance = float(responses[best].square().mean())
+    return Linearity(scale, RELATIVE[::-1][best] * scale / shared, changes[best], variance)

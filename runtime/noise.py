@@ -112,7 +112,7 @@ def perturb(
     return result
 
 
-_TIED_ELEMENTS = 1 << 20
+TIED_ELEMENTS = 1 << 20
 """Elements of noise tied over blocks that are made at once."""
 
 
@@ -123,7 +123,7 @@ def _tied_pieces(
     fine = graph.Layout(tuple(sizes), dim, outer)
     coarse = grid(fine, tuple(blocks))
     of_blocks = layout_of(coarse.sizes, dim, coarse.outer, layout.samples)
-    group = max(1, _TIED_ELEMENTS // max(1, math.prod(layout)))
+    group = max(1, TIED_ELEMENTS // max(1, math.prod(layout)))
     everything = (slice(0, layout.rows), slice(0, layout.samples), slice(0, layout.inner))
     for first in range(0, len(source.draws), group):
         some = source.of(source.draws[first : first + group])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch.utils._pytree import TreeSpec
 
 from ..passes import ops
 from ..passes.graph import drop_detaches
+from .bindings import with_bindings
 from .loss import SampleLoss
+from .random_state import capture_rng, restore_rng
 from .targets import repeat_target, target_leaves
 
 BLACK_BOX_DRAWS = 64
@@ -23,6 +26,12 @@ BLACK_BOX_DRAWS = 64
 
 BLACK_BOX_SIGMA = 0.5
 """Standard deviation of their noise, in units of the outputs' own."""
+
+CHECK_EVERY = 50
+"""Steps from one comparison of a traced loss with the user's code to the next: it costs as much as the loss."""
+
+_MOST_KNOWN = 64
+"""Shapes of batches whose graphs are at hand."""
 
 _SITE = (1 << 24) - 1
 """Site number of the noise at the first output, the others' are below; the compiler numbers sites from 0."""
@@ -35,32 +44,77 @@ class OutputGradient:
     (None: all floating-point ones), flattened and put one behind the other, of the dtype they have in common; the loss
     may read the others, but they have no error.
 
-    A loss with a derivative is traced once to a graph (once a batch size if its code depends on it, as by
-    ``len(output)``), so that no autograd graph is built while training. A black box (a loss that cannot be traced, or
-    has no derivative, or whose target holds anything but tensors) is differentiated by likelihood ratio at the output,
-    which is one more site: perturbed outputs, `BLACK_BOX_DRAWS` pairs of them, but no perturbed model.
+    A loss with a derivative is traced once to a graph of its losses and their gradient (once a batch size if its code
+    depends on it, as by ``len(output)``), so that no autograd graph is built while training, and its own code is not
+    called again. Now and then it is (`CHECK_EVERY`): a loss that has come to give other numbers than its graph, because
+    something that it reads has changed, is traced anew, with a warning. One that draws random numbers is not compared.
+    A black box (a loss that cannot be traced, or has no derivative, or whose target holds anything but tensors) is
+    differentiated by likelihood ratio at the output, which is one more site: perturbed outputs, `BLACK_BOX_DRAWS` pairs
+    of them, but no perturbed model.
     """
 
     def __init__(self, loss: SampleLoss, at: Sequence[int] | None = None) -> None:
         self.loss = loss
         self.at = at
+        self._known: dict[Any, list[tuple[Any, fx.GraphModule]]] = {}
+        """Graphs by the shapes that they were made for, with the structures of output and target."""
         self._graphs: dict[int | None, fx.GraphModule | None] = {}  # by batch size; None is any
         self._traced_for: Any = None
+        self._calls = 0
+        self._compares = True
 
     def __call__(self, output: Any, target: Any, key: Tensor) -> tuple[Tensor, Tensor]:
         leaves, spec = pytree.tree_flatten(output)
-        at = [index for index, leaf in enumerate(leaves) if _is_floating(leaf)] if self.at is None else list(self.at)
-        samples = leaves[at[0]].shape[0]
-        losses = self.loss(output, target, samples)
-        given = _Given(leaves, spec, target, samples, at)
-        graph = self._derivative(given)
-        found = self._estimate(given, key) if graph is None else graph(*given.tensors)
-        rows = [each.reshape(samples, -1) for each in found]
+        parts, target_spec = pytree.tree_flatten(target)
+        tensors = [value for value in (*leaves, *parts) if isinstance(value, Tensor)]
+        shapes = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+        rest = [value for value in (*leaves, *parts) if not isinstance(value, Tensor)]
+        described = (spec, target_spec, rest)
+        graph = next((each for known, each in self._known.get(shapes, ()) if known == described), None)
+        if graph is not None:
+            losses, *found = graph(*tensors)
+            self._calls += 1
+            if self._compares and self._calls % CHECK_EVERY == 0 and self._has_changed(output, target, losses):
+                self._known, self._traced_for = {}, None
+                return self(output, target, key)
+        else:
+            at = [index for index, leaf in enumerate(leaves) if _is_floating(leaf)] if self.at is None else self.at
+            before = capture_rng()
+            losses = self.loss(output, target, leaves[at[0]].shape[0])  # checks what it returns
+            given = _Given(leaves, spec, target, len(losses), list(at))
+            graph = self._derivative(given)
+            if graph is None:
+                found = self._estimate(given, key)
+            else:
+                restore_rng(before)  # as if the loss had been called once, as in all later steps
+                self._known = self._known if len(self._known) < _MOST_KNOWN else {}
+                self._known.setdefault(shapes, []).append((described, with_bindings(graph)))
+                losses, *found = graph(*tensors)
+        rows = [each.reshape(len(losses), -1) for each in found]
         error = rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, 1)  # however an output lies
-        return losses, error / samples
+        return losses, error / len(losses)
+
+    def _has_changed(self, output: Any, target: Any, losses: Tensor) -> bool:
+        """Whether the loss now gives other numbers than its graph, and the same when asked twice."""
+        before = capture_rng()
+        copies = [pytree.tree_map(_copied, (output, target)) for _ in range(2)]
+        once, again = (self.loss(out, wanted, len(losses)) for out, wanted in copies)
+        restore_rng(before)
+        if not torch.allclose(once, again, equal_nan=True):
+            self._compares = False
+            return False
+        if torch.allclose(once, losses, rtol=1e-3, atol=1e-6, equal_nan=True):
+            return False
+        warnings.warn(
+            f"the loss {self.loss.name} gives other numbers than when it was traced: it reads something that has "
+            f"changed, which is noticed every {CHECK_EVERY} steps only. Give it what changes in the target, or as a "
+            "tensor that you write into.",
+            stacklevel=2,
+        )
+        return True
 
     def _derivative(self, given: _Given) -> fx.GraphModule | None:
-        """The graph of ``(*tensors) -> gradients at the leaves``; None for a black box."""
+        """The graph of ``(*tensors) -> losses and the gradients at the leaves``; None for a black box."""
         if not given.traceable:
             return None
         described = given.described()
@@ -147,12 +201,17 @@ def _equates_sizes(guard: Any) -> bool:
     return bool(guard.is_Relational and guard.rel_op == "==" and guard.lhs.is_Symbol and guard.rhs.is_Symbol)
 
 
+def _copied(leaf: Any) -> Any:
+    """A tensor of its own: a loss may write into what it is given."""
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
 class _BlackBoxError(Exception):
     pass
 
 
 def _trace(loss: SampleLoss, given: _Given, *, free: bool) -> fx.GraphModule | None:
-    """The graph of ``(*tensors) -> ∂ Σ losses / ∂ leaf`` for each leaf of `given.at`.
+    """The graph of ``(*tensors) -> losses (N,), and ∂ Σ losses / ∂ leaf`` for each leaf of `given.at`.
 
     It is for a `free` batch size or this one. None for a black box, and where a free batch size is asked for but the
     loss's code depends on it.
@@ -169,14 +228,15 @@ def _trace(loss: SampleLoss, given: _Given, *, free: bool) -> fx.GraphModule | N
                 raise _BlackBoxError from error
             if not isinstance(losses, Tensor) or not losses.requires_grad:
                 raise _BlackBoxError
-            total = loss.reduce_positions(losses).sum()
+            losses = loss.reduce_positions(losses)
         try:
-            found = torch.autograd.grad(total, leaves, allow_unused=True)
+            found = torch.autograd.grad(losses, leaves, torch.ones_like(losses), allow_unused=True)
         except (NotImplementedError, UnsupportedOperatorException) as error:  # of the loss, and no tracer knows it
             raise _BlackBoxError from error
-        return [torch.zeros_like(x) if each is None else each for x, each in zip(leaves, found, strict=True)]
+        gradients = [torch.zeros_like(x) if each is None else each for x, each in zip(leaves, found, strict=True)]
+        return [losses.detach().to(torch.promote_types(losses.dtype, torch.float32)), *gradients]
 
-    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
     fakes = []
     for tensor in given.tensors:
         batched = given.batched(tensor)

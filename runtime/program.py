@@ -23,17 +23,18 @@ from ..passes.separate_outputs import error_like
 from . import noise as _noise  # noqa: F401  (registers the kernels)
 from . import packing as _packing  # noqa: F401
 from . import weight_noise as _weight_noise  # noqa: F401
+from .bindings import Environment
 from .calibration.choose import calibrate
 from .calibration.record import Calibration
 from .checks import ModelCheck, check_batch, first_without_statistics_of_one
-from .executor import Environment, SerialExecutor, StepInput, StepResult
+from .executor import StepInput, StepResult
+from .executors import make_executor
 from .feedback import FeedbackState, initial_state, probe_interval
 from .linearity import measure
 from .loss import BatchLoss, Loss, SampleLoss
-from .memory import is_out_of_memory, suggest_chunk
+from .memory.shortage import is_out_of_memory, suggest_chunk
 from .output_gradient import OutputGradient
 from .targets import num_rows, repeat_target, target_leaves
-from .threads import ThreadedExecutor
 
 
 class Program:
@@ -54,7 +55,16 @@ class Program:
         next_probe: with feedback, the step count from which on the next step has a perturbed run.
     """
 
-    def __init__(self, model: nn.Module, compiled: CompiledModel, loss: Loss, seed: int, *, workers: int = 1) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        compiled: CompiledModel,
+        loss: Loss,
+        seed: int,
+        *,
+        workers: int = 1,
+        streams: int = 1,
+    ) -> None:
         self.model = model
         self.compiled = compiled
         self.seed = seed
@@ -65,15 +75,15 @@ class Program:
         self.sigmas = resolve_sigmas(compiled.estimator.sigma, compiled.sites)
         self.next_probe = 0
         self.next_calibration = 0
-        self.executor = (
-            SerialExecutor(compiled, self.sigmas) if workers == 1 else ThreadedExecutor(compiled, self.sigmas, workers)
-        )
+        self.executor = make_executor(compiled, self.sigmas, workers, streams)
         results = [node for output, node in outputs(compiled.graph) if output.kind == "output"]
         self._layouts = [node.meta.get("layout") if isinstance(node, fx.Node) else None for node in results]
         self._buffers = [n.meta["target"] for n in placeholders(compiled.captured.module, Role.BUFFER)]
         self._check_model = ModelCheck(model, compiled)
         self._needs_two = first_without_statistics_of_one(compiled.graph)
         self.feedback: FeedbackState | None = None
+        self._trusted: tuple[FeedbackState | None, dict[str, float]] | None = None
+        """What `trust` said of a state of the feedback, which never changes."""
         self._output_gradient: OutputGradient | None = None
         if compiled.estimator.feedback == "learned":
             assert isinstance(self.loss, SampleLoss)
@@ -167,6 +177,8 @@ class Program:
         Adam): `Trainer` does; with your own loop, interpolate ``weight = before + trust * (after - before)`` around
         ``optimizer.step()``.
         """
+        if self._trusted is not None and self._trusted[0] is self.feedback:
+            return dict(self._trusted[1])
         trusted = {name: 1.0 for name, (trainable, _) in self._check_model.parameters.items() if trainable}
         if self.feedback is not None and self.compiled.estimator.trust:
             at = {site.output: site.index for site in self.compiled.sites}
@@ -177,7 +189,8 @@ class Program:
                     read.setdefault(name, []).extend(sorted(points, key=self.feedback.trust)[:1])
             for name, points in read.items():
                 trusted[name] = self.feedback.trust(*points) if points else 1.0  # exact, from the output
-        return trusted
+        self._trusted = self.feedback, trusted
+        return dict(trusted)
 
     def state_dict(self) -> dict[str, Tensor | int | float | str]:
         """What the program needs beyond the model's own state to continue exactly, feedback included."""
@@ -292,7 +305,8 @@ class Program:
         for index, leaf in enumerate(leaves):
             environment[f"input:{index}"] = leaf
         environment["runtime:key"] = torch.tensor([self.seed, self.step_count], dtype=torch.int64)  # read on the host
-        environment["runtime:sigmas"] = torch.tensor(self.sigmas, dtype=torch.float64, device=device)
+        sigmas = torch.tensor(self.sigmas, dtype=torch.float64)
+        environment["runtime:sigmas"] = sigmas.to(device, non_blocking=True)
         return environment
 
     def _loss(self, target: Any, device: torch.device) -> Any:
@@ -331,10 +345,12 @@ class Program:
         with torch.no_grad():
             for name, gradient in result.gradients.items():
                 parameter = parameters[name]
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-                if not warming_up:
-                    parameter.grad.add_(gradient)
+                if parameter.grad is not None:
+                    if not warming_up:
+                        parameter.grad.add_(gradient)
+                    continue
+                parameter.grad = torch.empty_like(parameter, memory_format=torch.contiguous_format)  # not an alias
+                parameter.grad.copy_(gradient) if not warming_up else parameter.grad.zero_()
             for name, value in result.buffers.items():
                 buffers[name].copy_(value)
         self.clean_forwards += given.samples

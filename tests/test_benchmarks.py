@@ -130,3 +130,44 @@ def test_accuracy_runs(tmp_path: Path) -> None:
     )  # fmt: skip
     assert "a backward" in printed
     assert len(json.loads(written.read_text())["runs"]) == 4
+
+
+@pytest.mark.slow
+def test_time_to_accuracy_runs(tmp_path: Path) -> None:
+    written = tmp_path / "time.json"
+    printed = run(
+        "time_to_accuracy.py", "--cases", "mlp", "--seeds", "0", "--epochs", "2", "--points", "20",
+        "--threads", "1", "--json", str(written),
+    )  # fmt: skip
+    assert "1 of 1 runs reach the goal" in printed
+    found = json.loads(written.read_text())
+    (pair,) = found["runs"]
+    for curve in (pair["bp"], pair["auto"]):
+        assert 0 < curve["seconds"][0] < curve["seconds"][1]
+        assert all(0 <= reached <= 1 for reached in curve["accuracy"])
+    parts = found["milliseconds a step"]["mlp"]
+    for label, names in {
+        "bp": {"clean forward", "loss and backward", "optimizer and checks"},
+        "auto": {"gradient subgraphs", "perturbed forwards", "learning feedback", "measuring sigma"},
+    }.items():
+        assert names <= parts[label].keys()
+        assert all(milliseconds >= 0 for milliseconds in parts[label].values())
+
+
+@pytest.mark.slow
+def test_streams_runs(tmp_path: Path) -> None:
+    written = tmp_path / "streams.json"
+    printed = run(
+        "streams.py", "--models", "vgg8", "--copies", "4", "--chunk", "2", "--streams", "2", "--batch", "2",
+        "--rounds", "1", "--device", "cpu", "--plan", "--json", str(written),
+    )  # fmt: skip
+    assert "P0.1<E!" in printed
+    rows = json.loads(written.read_text())["rows"]
+    assert [(row["setting"], row["streams"]) for row in rows] == [
+        (setting, streams) for setting in ("auto", "joint 4") for streams in (1, 2)
+    ]
+    for row in rows:
+        assert 1 < row["forwards"] <= 5
+        assert (row["step_over_naive"] is None) == (row["setting"] == "auto")
+        for ratio in ("one_over_step", "step_over_limit", "step_over_backpropagation"):
+            assert row[ratio]["median"] > 0

@@ -102,7 +102,7 @@ def test_every_coordinate_has_its_blocks_number(
     assert torch.equal(parts.reshape(expected.shape), expected)
     again = ops.perturb(ops.tile(z, ids, dim, outer), ids, *arguments, True, alive, list(blocks))
     assert torch.equal(again, whole)
-    monkeypatch.setattr(noise_module, "_TIED_ELEMENTS", 1)  # one draw at a time
+    monkeypatch.setattr(noise_module, "TIED_ELEMENTS", 1)  # one draw at a time
     assert torch.equal(ops.perturb(z, ids, *arguments, False, alive, list(blocks)), whole)
     monkeypatch.setattr(noise_source, "on_host", lambda device: False)  # what runs on a GPU
     assert torch.equal(ops.perturb(z, ids, *arguments, False, alive, list(blocks)), whole)

@@ -98,6 +98,11 @@ def test_it_changes_nothing_and_repeats(settings: dict[str, Any]) -> None:
     assert all(torch.equal(p.grad, q.grad) for p, q in gradients)  # type: ignore[arg-type]
 
 
+def candidates(sigma: float, scale: float) -> int:
+    """How many σ are tried until this one, the largest that is linear, and its half."""
+    return len(RELATIVE) - RELATIVE.index(pytest.approx(sigma / scale)) + 1
+
+
 def test_what_was_measured(layerwise: onward.Calibration) -> None:
     program = shared("layerwise")
     assert [site.site for site in layerwise.sites] == [site.name for site in program.compiled.sites]
@@ -108,7 +113,9 @@ def test_what_was_measured(layerwise: onward.Calibration) -> None:
     assert layerwise.estimator.sigma == {site.site: site.sigma for site in layerwise.sites}
     assert layerwise.explained is None
     assert {site.trust for site in layerwise.sites} == {None}
-    measured = ((len(RELATIVE) + 1) * DRAWS + REPETITIONS) * 2 * sum(run.share for run in program.compiled.runs)
+    tried = [DRAWS * candidates(site.sigma, site.scale) + REPETITIONS for site in layerwise.sites]
+    shares = [run.share for run in program.compiled.runs]
+    measured = 2 * sum(number * share for number, share in zip(tried, shares, strict=True))
     assert layerwise.forwards == pytest.approx(measured)
     for site in layerwise.sites:
         assert site.variance is not None
@@ -135,7 +142,8 @@ def test_with_feedback_what_it_explains_is_measured_too() -> None:
     assert found.estimator.copies == 2 * int(9.0 / run.share / 2)
     named = {site.site: site.sigma for site in found.sites}
     assert found.estimator.sigma == named | {"*": 0.1}  # the last layer receives no noise
-    measured = (len(RELATIVE) + 1) * 2 * DRAWS * len(run.sites) * run.share
+    tried = sum(candidates(site.sigma * len(run.sites) ** 0.5, site.scale) for site in found.sites)
+    measured = tried * 2 * DRAWS * run.share
     learning = with_feedback.LEARNING_STEPS * 0.5 * 4 * run.share
     assert found.forwards == pytest.approx(measured + learning)  # half of the batch is probed: no correction is weighed
     compiled = onward.compile(mlp(), x, loss=F.cross_entropy, estimator=found).compiled

@@ -34,7 +34,7 @@ COMMON = {
 }  # fmt: skip
 TRAIN = {
     "--model", "--epochs", "--batch-size", "--lr", "--optimizer", "--compare-bp", "--directory", "--resume",
-    "--workers", "--checkpoint-every", "--tensorboard", "--json", "--quiet", "-q",
+    "--workers", "--streams", "--memory", "--checkpoint-every", "--tensorboard", "--json", "--quiet", "-q",
 }  # fmt: skip
 OPTIONS = {
     "train": TRAIN | COMMON,
@@ -50,6 +50,7 @@ OPTIONS = {
         "--budget",
         "--choose",
         "--schedule",
+        "--memory",
         "--workers",
     }
     | COMMON,
@@ -369,6 +370,20 @@ def test_inspect_schedule(tmp_path):
     }
 
 
+def test_inspect_memory_shows_what_train_chooses_from(tmp_path):
+    tiny = ("mlp", "--model-option", "hidden=(16,16)", "--copies", 8, "--groups", "layerwise")
+    output = call("inspect", *tiny, "--memory").stdout
+    assert max(map(len, output.splitlines())) <= 100
+    for word in ("8 copies side by side takes", "captures", "P2.0", "commit", "With other chunks"):
+        assert word in output
+    data = json.loads(call("inspect", *tiny, "--memory", "-f", "json").stdout)
+    assert data["peak"] == max(action["peak"] for action in data["actions"]) == sum(data["parts"].values())
+    assert list(data["chunks"]) == ["2", "4", "8"]
+    file = tmp_path / "run.json"
+    call("train", "--model", *tiny, "--epochs", 1, "-q", "--memory", f"{data['chunks']['4']} B", "--json", file)
+    assert json.loads(file.read_text())["settings"]["estimator"]["chunk"] is None  # what was asked for
+
+
 @pytest.mark.parametrize(("factory", "word"), [("Unused", "spare.weight"), ("Branching", "if x.sum() > 0")])
 def test_inspect_says_why_a_model_does_not_compile(factories, factory, word):
     result = call("inspect", f"{factories}:{factory}", code=1)
@@ -414,6 +429,11 @@ def test_inspect_says_why_a_model_does_not_compile(factories, factory, word):
         (("inspect", "mlp", "--schedule", "--pass", "capture"), "--pass capture is another question"),
         (("inspect", "mlp", "--schedule", "--format", "dot"), "one of text, svg, json, chrome"),
         (("inspect", "mlp", "--format", "chrome"), "needs --schedule"),
+        (("inspect", "mlp", "--memory", "--schedule"), "--schedule is another question"),
+        (("inspect", "mlp", "--memory", "--format", "svg"), "one of text, json"),
+        (("train", "--memory", "2XiB"), "expected a number with a unit"),
+        (("train", "--memory", "10KiB"), "is too little"),
+        (("train", "--memory", "1GiB", "--chunk", "2"), "both say how many copies"),
         (("inspect",), "needs a model"),
         (("inspect", "no_such_module:factory"), "cannot be imported"),
     ],

@@ -16,79 +16,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from executor_cases import CASES, Ratio, batch, data_of, mlp, same, train
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import onward
-from onward.models.resnet import resnet5
 from onward.passes.errors import NonFiniteLossError, OptionError
 from onward.runtime import threads as threading_module
 from onward.runtime.executor import SerialExecutor, Step
 from onward.runtime.plan import Action, Gradient, Perturb
 from onward.runtime.threads import TRIALS, ThreadedExecutor, _Trial
-
-Ratio = onward.LikelihoodRatio
-
-
-class Recurrent(nn.Module):
-    """One weight read at four sites: its gradients have to be summed in one order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(4):
-            x = torch.tanh(self.cell(x))
-        result: Tensor = self.head(x)
-        return result
-
-
-class Normalised(nn.Module):
-    """Batch normalisation, whose buffers a step moves, and dropout, whose numbers are keyed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm, self.drop, self.last = (
-            nn.Linear(6, 8),
-            nn.BatchNorm1d(8),
-            nn.Dropout(0.3),
-            nn.Linear(8, 3),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.last(self.drop(F.relu(self.norm(self.first(x)))))
-        return result
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
-def batch() -> tuple[Tensor, Tensor]:
-    return torch.randn(6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 3
-
-
-def images() -> tuple[Tensor, Tensor]:
-    return torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(4)
-
-
-CASES: dict[str, tuple[Any, Ratio]] = {
-    "auto": (mlp, Ratio.auto(reach=0, warmup=1)),
-    "auto, convolutions": (lambda: resnet5(num_classes=10, in_channels=1), Ratio.auto(warmup=1)),
-    "layerwise": (mlp, Ratio(copies=4)),
-    "layerwise in chunks": (mlp, Ratio(copies=8, chunk=2)),
-    "joint, a copy's own captures, in chunks": (mlp, Ratio(groups="joint", copies=6, chunk=2)),
-    "the paper's": (mlp, Ratio.alr(copies=4, chunk=2)),
-    "stochastic": (mlp, Ratio(capture="stochastic", groups="joint", copies=4)),
-    "one copy at a time": (Normalised, Ratio(copies=4, credit="batch")),
-    "corrected": (mlp, Ratio.feedback_learned(correction="full", copies=4, warmup=0)),
-    "shrunk": (mlp, Ratio.feedback_learned(correction="shrunk", copies=4, warmup=0)),
-    "shared weights": (Recurrent, Ratio.feedback_learned(copies=2, warmup=0)),
-    "shared weights, layerwise": (Recurrent, Ratio(copies=4)),
-    "batch statistics": (Normalised, Ratio.feedback_learned(copies=2, warmup=0)),
-    "weight noise": (mlp, Ratio(noise_on="weight", groups="joint", copies=4)),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -112,29 +49,6 @@ def pair(case: str, workers: int = 2, loss: Any = F.cross_entropy) -> tuple[onwa
     assert isinstance(threaded.executor, ThreadedExecutor)
     threaded.executor.concurrent = True
     return serial, threaded
-
-
-def data_of(case: str) -> tuple[Tensor, Tensor]:
-    return images() if "convolutions" in case else batch()
-
-
-def train(program: onward.Program, case: str, steps: int) -> list[Tensor]:
-    """Some steps of gradient descent: losses, weights, buffers, and the program's state."""
-    x, y = data_of(case)
-    losses = []
-    for _ in range(steps):
-        program.model.zero_grad()
-        losses.append(program.step(x, y))
-        with torch.no_grad():
-            for parameter in program.model.parameters():
-                parameter -= 0.1 * parameter.grad  # type: ignore[operator]
-    state = program.state_dict()
-    numbers = [value if isinstance(value, Tensor) else torch.tensor(hash(value)) for value in state.values()]
-    return [*losses, *program.model.state_dict().values(), *numbers]
-
-
-def same(mine: list[Tensor], theirs: list[Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -31,6 +31,7 @@ from ..passes.locate_samples import batch_symbol
 from ..runtime.plan import format_plan, make_plan
 from ..runtime.program import Program
 from .common import compile_setup, set_up, to_json
+from .memory import check_memory, render_memory
 from .options import MODEL_HELP, Common, with_common
 from .schedule import check_schedule, record_schedule, render_schedule
 
@@ -98,6 +99,13 @@ def inspect(
         int | None,
         Option(help="With --schedule, workers that share a step. [dim]\\[default: 2][/dim]"),
     ] = None,
+    memory: Annotated[
+        bool,
+        Option(
+            "--memory",
+            help="Show what memory a step takes, predicted: when, what for, and with how many copies side by side.",
+        ),
+    ] = False,
     rules: Annotated[
         bool, Option("--rules", help="Print the support matrix: what is special about which operation.")
     ] = False,
@@ -116,6 +124,8 @@ def inspect(
 
       onward inspect resnet5 --schedule --format svg -o step.svg
 
+      onward inspect resnet5 --memory
+
       onward inspect my_package.nets:build --capture sign --format svg -o graph.svg
     """
     if format_ not in FORMATS:
@@ -127,6 +137,8 @@ def inspect(
     if calibrates and (pass_ is not None or format_ != "text"):
         raise OptionError("--calibrate shows a table and writes JSON (-o); --pass and --format are of inspect alone.")
     check_schedule(schedule, workers, format_, pass_, calibrates)
+    others = {"--pass": pass_ is not None, "--calibrate": calibrates, "--schedule": schedule}
+    check_memory(memory, format_, others)
     if output is not None:
         check_writable(output)
     if rules:
@@ -161,6 +173,9 @@ def inspect(
         Console(width=None if sys.stdout.isatty() else 120).print(calibration.table(), highlight=False)
         if output is not None:
             calibration.save(output)
+        return
+    if memory:
+        _emit(render_memory(compiled, model, format_), format_, output)
         return
     if schedule:
         recorded = record_schedule(setup, compiled, workers, common.seed)

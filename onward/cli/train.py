@@ -121,6 +121,23 @@ def train(
             rich_help_panel=_TRAINING,
         ),
     ] = 1,
+    streams: Annotated[
+        int,
+        Option(
+            min=1,
+            help="With --device cuda, streams of the GPU that a step's subgraphs are issued on.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 1,
+    memory: Annotated[
+        str | None,
+        Option(
+            metavar="SIZE",
+            help="What a step may take beyond weights, batch and optimizer: 2GiB, or a fraction of the device's memory "
+            "(0.5). Chooses --chunk; `onward inspect MODEL --memory` shows what takes how much.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None,
         Option("--json", metavar="FILE", help="Write settings, results and history.", rich_help_panel=_OUTPUT),
@@ -164,6 +181,8 @@ def train(
         estimator=setup.estimator,
         seed=common.seed,
         workers=workers,
+        streams=streams,
+        memory=memory,
     )
     if not quiet:
         _announce(console, model, common, setup, training)

@@ -1,0 +1,31 @@
+"""Whether tensors are free of NaN and infinities: asked of every loss, gradient and weight, so it must cost little."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_WIDE = (torch.float32, torch.float64)
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether no element of any of them is a NaN or an infinity; for a GPU's tensors with one wait in all.
+
+    A sum takes one pass, and keeps every NaN and infinity (infinities of both signs add to a NaN). That of finite
+    numbers can overflow too; so if it is not finite, the elements are looked at one by one.
+    """
+    dense = [_dense(tensor.detach()) for tensor in tensors]
+    sums = [tensor.sum(dtype=None if tensor.dtype in _WIDE else torch.float32) for tensor in dense]
+    if all(total.device.type == "cpu" for total in sums):
+        finite = all(math.isfinite(total) for total in map(float, sums))
+    else:
+        finite = bool(torch.stack([total.to(sums[0].device, torch.float32) for total in sums]).isfinite().all())
+    return finite or all(bool(tensor.isfinite().all()) for tensor in dense)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The elements as real numbers."""
+    values = tensor.coalesce().values() if tensor.is_sparse else tensor
+    return torch.view_as_real(values) if values.is_complex() else values

@@ -1,0 +1,41 @@
+"""``torch.autocast`` where it belongs: in forwards and losses, not in gradients nor in what feedback learns.
+
+Captures of a forward in bfloat16 or float16 are as narrow as its values; gradient subgraphs and Jacobians take them as
+float32, and sum in it. Kernels of derivatives also refuse operands of two dtypes, as weights and captures then have.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+_DEVICES = ("cpu", "cuda")
+_NARROW = (torch.bfloat16, torch.float16)
+
+Result = TypeVar("Result")
+
+
+def outside_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`function` with autocast off, and the arguments that are tensors of 16 bits as float32, where it is called within
+    autocast; elsewhere `function` as it is, and a model that has 16 bits of its own accord keeps them."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Result:
+        devices = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+        if not devices:
+            return function(*arguments)
+        with ExitStack() as off:
+            for device in devices:
+                off.enter_context(torch.autocast(device, enabled=False))
+            return function(*map(_wide, arguments))
+
+    return run
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in _NARROW else value

@@ -1,0 +1,263 @@
+"""What makes a step cheap and must not change it: fused graphs, operators' bindings, tests for NaN, a traced loss."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import executor_cases as cases
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import onward
+from onward.passes.graph import outputs
+from onward.runtime.bindings import BINDINGS, with_bindings
+from onward.runtime.executor import SerialExecutor
+from onward.runtime.finite import all_finite
+from onward.runtime.fusion import Fused
+from onward.runtime.loss import SampleLoss
+from onward.runtime.output_gradient import CHECK_EVERY, OutputGradient
+
+# --- fused graphs -----------------------------------------------------------------------------------------------------
+
+
+def program_for(case: str) -> onward.Program:
+    make, estimator = cases.CASES[case]
+    torch.manual_seed(0)
+    return onward.compile(make(), cases.data_of(case)[0], loss=F.cross_entropy, estimator=estimator, seed=3)
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_fused_steps_have_the_bits_of_steps_action_by_action(case: str) -> None:
+    fused, apart = program_for(case), program_for(case)
+    done: list[str] = []
+    apart.executor.record = lambda action, worker, start, end: done.append(action)
+    assert cases.same(cases.train(fused, case, 4), cases.train(apart, case, 4))
+    assert not any("…" in action for action in done)
+    assert isinstance(fused.executor, SerialExecutor)
+    plans = fused.executor._fused_plans.values()
+    assert any(isinstance(action, Fused) for plan in plans for action in plan)
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_a_fused_plan_is_the_plan(case: str) -> None:
+    program = program_for(case)
+    for plan in (program.executor.plan, program.executor.clean_plan):
+        undone = [a.actions if isinstance(a, Fused) else (a,) for a in program.executor.fused(plan)]
+        assert tuple(action for actions in undone for action in actions) == tuple(plan)
+
+
+def test_a_step_without_copies_does_not_return_what_only_they_would_read() -> None:
+    program = program_for("auto")
+    for plan in (program.executor.plan, program.executor.clean_plan):
+        program.executor.fused(plan)
+    returned = {
+        perturbed: {output for (p, action), each in program.executor.together.items() if p == perturbed
+                    for output in each.outputs if str(action).startswith("F")}
+        for perturbed in (True, False)
+    }  # fmt: skip
+    read_by_runs = {key for run in program.executor.runs for key in run.inputs if key.startswith("value:")}
+    assert read_by_runs <= returned[True]
+    assert returned[False] < returned[True]
+
+
+# --- bindings ---------------------------------------------------------------------------------------------------------
+
+X, Y = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(4, 4) * 0.3
+IMAGE, KERNEL = torch.arange(32.0).reshape(1, 2, 4, 4), torch.ones(3, 2, 3, 3)
+ATEN = torch.ops.aten
+SAMPLES: dict[Any, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
+    ATEN.add.Tensor: [((X, Y), {}), ((X, Y), {"alpha": 2}), ((X, 1.5), {})],
+    ATEN.addmm.default: [((X[0], X, Y), {}), ((X[0], X, Y), {"beta": 2, "alpha": 0.5})],
+    ATEN.bmm.default: [((X[None], Y[None]), {})],
+    ATEN.cat.default: [(([X, Y],), {}), (([X, Y], 1), {})],
+    ATEN.contiguous.default: [((X.t(),), {}), ((IMAGE,), {"memory_format": torch.channels_last})],
+    ATEN.conv2d.default: [
+        ((IMAGE, KERNEL), {}),
+        ((IMAGE, KERNEL, torch.ones(3), [1, 1], [1, 1], [1, 1], 1), {}),
+        ((IMAGE, KERNEL, None, [2, 2]), {}),
+    ],
+    ATEN.div.Scalar: [((X, 3), {}), ((X, 0.7), {})],
+    ATEN.div.Tensor: [((X, Y), {})],
+    ATEN.exp.default: [((X,), {})],
+    ATEN.expand.default: [((X[:1], [4, 4]), {}), ((X[:1], [3, -1, 4]), {"implicit": False})],
+    ATEN.gt.Scalar: [((X, 0), {}), ((X, 0.5), {})],
+    ATEN.linear.default: [((X, Y), {}), ((X, Y, X[0]), {})],
+    ATEN.mm.default: [((X, Y), {})],
+    ATEN.mul.Scalar: [((X, 3), {})],
+    ATEN.mul.Tensor: [((X, Y), {}), ((X, 2.5), {})],
+    ATEN.neg.default: [((X,), {})],
+    ATEN.permute.default: [((IMAGE, [0, 2, 3, 1]), {})],
+    ATEN.relu.default: [((X,), {})],
+    ATEN.reshape.default: [((X.t(), [2, 8]), {}), ((X, [-1]), {})],
+    ATEN.sub.Tensor: [((X, Y), {}), ((X, Y), {"alpha": 3})],
+    ATEN.sum.dim_IntList: [((X, [0]), {}), ((X, [0, 1], True), {}), ((X, [1]), {"dtype": torch.float64})],
+    ATEN.t.default: [((X,), {})],
+    ATEN.transpose.int: [((IMAGE, 1, -1), {})],
+    ATEN.unsqueeze.default: [((X, 1), {})],
+    ATEN.view.default: [((X, [2, 8]), {}), ((X, [-1, 2]), {})],
+}
+
+
+@pytest.mark.parametrize("operator", BINDINGS, ids=str)
+def test_a_binding_is_its_operator(operator: Any) -> None:
+    assert SAMPLES[operator]
+    for args, kwargs in SAMPLES[operator]:
+        expected, found = operator(*args, **kwargs), BINDINGS[operator](*args, **kwargs)
+        assert torch.equal(expected, found)
+        assert (expected.dtype, expected.stride()) == (found.dtype, found.stride())
+
+
+def test_what_is_printed_and_checked_keeps_its_operators() -> None:
+    program = program_for("auto")
+    module = program.compiled.gradients[0].module
+    before = [node.target for node in module.graph.nodes]
+    bound = [node.target for node in with_bindings(module).graph.nodes]
+    assert [node.target for node in module.graph.nodes] == before
+    assert [BINDINGS.get(target, target) for target in before] == bound != before
+    assert outputs(module)
+
+
+# --- NaN and infinities -----------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=0, max_size=6),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+)
+def test_all_finite(values: list[float], dtype: torch.dtype) -> None:
+    tensor = torch.tensor(values, dtype=torch.float64).to(dtype)
+    expected = bool(tensor.isfinite().all())
+    assert all_finite(tensor) == expected
+    assert all_finite(torch.zeros(3), tensor, torch.ones(2, 2)) == expected
+
+
+def test_finite_numbers_whose_sum_is_not() -> None:
+    assert all_finite(torch.full((8,), 3e38))
+    assert all_finite(torch.full((8,), 1e308, dtype=torch.float64))
+    assert not all_finite(torch.tensor([torch.inf, -torch.inf]))
+    assert all_finite()
+    assert all_finite(torch.empty(0))
+    assert all_finite(torch.tensor([1, 2]))
+    assert not all_finite(torch.tensor([complex(0, torch.nan)]))
+    assert all_finite(torch.tensor([1 + 2j]))
+    sparse = torch.eye(3).to_sparse()
+    assert all_finite(sparse)
+    assert not all_finite(sparse * torch.nan)
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+KEY = torch.tensor([0, 0])
+
+
+class Counted:
+    """A loss that counts the calls of its code."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.loss, self.calls = loss, 0
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        return self.loss(output, target)
+
+
+def squares(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().sum(1)
+
+
+def test_a_traced_loss_gives_losses_and_error_without_its_code() -> None:
+    loss = Counted(squares)
+    function = OutputGradient(SampleLoss(loss))
+    function(torch.randn(5, 3), torch.randn(5, 3), KEY)
+    traced = loss.calls
+    for _ in range(10):
+        output, target = torch.randn(5, 3), torch.randn(5, 3)
+        losses, error = function(output, target, KEY)
+        assert torch.equal(losses, squares(output, target))
+        assert torch.equal(error, 2 * (output - target) / 5)
+    assert loss.calls == traced
+    for number in range(2, 6):  # another number of samples: asked once, to see that it gives as many numbers
+        output, target = torch.randn(number, 3), torch.randn(number, 3)
+        losses, error = function(output, target, KEY)
+        assert torch.equal(losses, squares(output, target))
+        assert torch.equal(error, 2 * (output - target) / number)
+
+
+def test_a_loss_that_has_changed_is_noticed_and_traced_anew() -> None:
+    scale = [1.0]
+    function = OutputGradient(SampleLoss(lambda o, t: scale[0] * squares(o, t)))
+    output, target = torch.randn(5, 3), torch.randn(5, 3)
+    for _ in range(3 * CHECK_EVERY):
+        assert torch.equal(function(output, target, KEY)[0], squares(output, target))
+    scale[0] = 3.0
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        found = [function(output, target, KEY) for _ in range(CHECK_EVERY)]
+    assert len(seen) == 1
+    assert "reads something that has changed" in str(seen[0].message)
+    losses, error = found[-1]
+    torch.testing.assert_close(losses, 3 * squares(output, target))
+    torch.testing.assert_close(error, 6 * (output - target) / 5)
+
+
+def test_a_tensor_that_the_loss_reads_may_change() -> None:
+    scale = torch.ones(())
+    function = OutputGradient(SampleLoss(lambda o, t: scale * squares(o, t)))
+    output, target = torch.randn(5, 3), torch.randn(5, 3)
+    function(output, target, KEY)
+    scale.fill_(3.0)
+    for _ in range(2 * CHECK_EVERY):  # and no warning
+        losses, error = function(output, target, KEY)
+    torch.testing.assert_close(losses, 3 * squares(output, target))
+    torch.testing.assert_close(error, 6 * (output - target) / 5)
+
+
+def test_a_random_loss_is_consistent_and_draws_once_a_step() -> None:
+    """Losses and error are of the same draw, and the global generator moves as far in every step, the first included,
+    so that a resumed run draws the same."""
+
+    def noisy(output: Tensor, target: Tensor) -> Tensor:
+        return (output * torch.rand(3)).sum(1)
+
+    torch.manual_seed(0)
+    function, output = OutputGradient(SampleLoss(noisy)), torch.randn(5, 3)
+    torch.manual_seed(1)
+    expected = [torch.rand(3) for _ in range(2 * CHECK_EVERY + 2)]
+    torch.manual_seed(1)
+    for scale in expected:
+        losses, error = function(output, torch.zeros(5), KEY)
+        torch.testing.assert_close(losses, (output * scale).sum(1))
+        torch.testing.assert_close(error, scale.expand(5, 3) / 5)
+
+
+def test_a_loss_that_writes_into_its_arguments_is_checked_on_copies() -> None:
+    def writes(output: Tensor, target: Tensor) -> Tensor:
+        result = squares(output, target)
+        if not isinstance(target, torch._subclasses.FakeTensor):
+            target.zero_()
+        return result
+
+    function, output = OutputGradient(SampleLoss(writes)), torch.randn(5, 3)
+    function(output, torch.ones(5, 3), KEY)
+    target = torch.ones(5, 3)
+    for _ in range(CHECK_EVERY):
+        function(output, target, KEY)
+    assert torch.equal(target, torch.ones(5, 3))
+
+
+def test_a_loss_with_tensors_of_its_own_has_a_derivative() -> None:
+    """Class weights, for one: not a black box, whose error would be an estimate."""
+    weight = torch.tensor([1.0, 2.0, 0.5])
+    function = OutputGradient(SampleLoss(torch.nn.CrossEntropyLoss(weight=weight)))
+    output, target = torch.randn(5, 3, requires_grad=True), torch.tensor([0, 1, 2, 1, 0])
+    expected = F.cross_entropy(output, target, weight=weight, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum() / 5, output)
+    losses, error = function(output.detach(), target, KEY)
+    torch.testing.assert_close(losses, expected.detach())
+    torch.testing.assert_close(error, gradient)
