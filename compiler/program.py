@@ -89,6 +89,11 @@ class CompiledModel:
     """With learned feedback, over how many hops gradients are pulled back."""
 
     @property
+    def forwards(self) -> float:
+        """Perturbed forwards of a sample in a step with perturbed runs; a suffix counts by its share of the FLOPs."""
+        return sum(run.copies * run.share for run in self.runs)
+
+    @property
     def graph(self) -> fx.GraphModule:
         """The one-copy graph after the last pass: the model with noise and captures."""
         return self.history[-1].module

@@ -356,7 +356,7 @@ class Program:
         self.clean_forwards += given.samples
         if given.perturbed:
             probed = self.compiled.estimator.num_probed(given.samples)
-            self.forwards += probed * sum(run.copies * run.share for run in self.compiled.runs)
+            self.forwards += probed * self.compiled.forwards
             self.feedback = result.feedback
             if self.feedback is not None:
                 self.next_probe = self.step_count + probe_interval(self.compiled.estimator.probe_every, self.feedback)

@@ -31,7 +31,10 @@ from .schedule.bounds import followers, priorities
 from .schedule.tasks import Task, make_tasks
 
 TRIALS = 8
-"""Steps that are measured each way, of either kind of step; the first of them warm up."""
+"""Steps that are measured each way, of either kind of step."""
+
+WARM_UP = 4
+"""The first of them, which tell what the tasks cost and not which way is faster."""
 
 
 class ThreadedExecutor(SerialExecutor):
@@ -82,17 +85,26 @@ class ThreadedExecutor(SerialExecutor):
         return self._trials[perturbed].choice if self.concurrent is None else self.concurrent
 
     def _measure(self, step: Step, trial: _Trial) -> None:
-        """One of the steps that are run both ways in turn."""
+        """One of the steps that are run both ways in turn; serially at first task by task, to know what each costs."""
         concurrent = trial.concurrent()
         started = time.perf_counter()
         if concurrent:
             self._run_concurrently(step, trial)
-        else:
+        elif len(trial.seconds[False]) < WARM_UP:
             for task, costs in zip(trial.tasks, trial.costs, strict=True):
                 begun = time.perf_counter()
                 self.do(step, task.action, 0)
                 costs.append(time.perf_counter() - begun)
+            self.prioritise([statistics.median(costs) for costs in trial.costs], perturbed=step.given.perturbed)
+        else:
+            super().execute(step, self.plan if step.given.perturbed else self.clean_plan)
         trial.tell(concurrent, time.perf_counter() - started)
+
+    def prioritise(self, costs: Sequence[float], *, perturbed: bool) -> None:
+        """Of the tasks that are ready take first the one with the longest way to the end, given the seconds of each, in
+        the plan's order."""
+        trial = self._trials[perturbed]
+        trial.order = priorities(trial.tasks, costs)
 
     def _run_concurrently(self, step: Step, trial: _Trial) -> None:
         if self._pool is None or self._process != os.getpid():  # threads do not survive a fork
@@ -123,7 +135,7 @@ class _Trial:
         self.seconds: dict[bool, list[float]] = {False: [], True: []}
         self.choice: bool | None = None
         self.costs: list[list[float]] = [[] for _ in tasks]
-        """Seconds of every task in the serial steps."""
+        """Seconds of every task in the first serial steps."""
         self.order: Sequence[float] = [0.0] * len(tasks)
         """Of the tasks that are ready, those with the larger number go first: the longest way left, as measured."""
 
@@ -136,10 +148,8 @@ class _Trial:
     def tell(self, concurrent: bool, seconds: float) -> None:
         """How long a step took that was run this way."""
         self.seconds[concurrent].append(seconds)
-        if not concurrent:
-            self.order = priorities(self.tasks, [statistics.median(costs) for costs in self.costs])
         if min(map(len, self.seconds.values())) >= TRIALS:
-            serial, threaded = (statistics.median(self.seconds[way][TRIALS // 2 :]) for way in (False, True))
+            serial, threaded = (statistics.median(self.seconds[way][WARM_UP:]) for way in (False, True))
             self.choice = threaded < serial
 
 

@@ -18,7 +18,7 @@ from ..linearity import LINEAR, Linearity
 from .allocation import LEAST_COST, Load, allocate, bought, cost_of, partition
 from .gradient_noise import repeated_gradients, variance
 from .record import Calibration
-from .task import CalibrationTask, check_budget, forwards_of, row_of
+from .task import CalibrationTask, check_budget, row_of
 
 REPETITIONS = 8
 """Steps behind a variance: 7 degrees of freedom for each of a site's numbers."""
@@ -90,7 +90,7 @@ def _measured(task: CalibrationTask, compiled: CompiledModel, sigmas: list[float
 
 def _variances(task: CalibrationTask, compiled: CompiledModel, sigmas: list[float]) -> tuple[dict[int, float], float]:
     repeated = repeated_gradients(compiled, sigmas, task.bound(sigmas), REPETITIONS)
-    return {index: variance(each) for index, each in repeated.items()}, REPETITIONS * forwards_of(compiled)
+    return {index: variance(each) for index, each in repeated.items()}, REPETITIONS * compiled.forwards
 
 
 def _tried(task: CalibrationTask, estimator: LikelihoodRatio) -> tuple[_Trial, float] | None:
@@ -135,7 +135,7 @@ def _arranged(
             copies=base.step if "copies" in task.choose else base.copies,
         )
         compiled = output.compiled if estimator == output.compiled.estimator else task.compiled(estimator)
-        if not regroups or len(groups) == 1 or forwards_of(compiled) <= task.budget * (1 + 1e-9):
+        if not regroups or len(groups) == 1 or compiled.forwards <= task.budget * (1 + 1e-9):
             break
         limit = base.step * sum(cost_of([loads[index] for index in group]) for group in groups) * (1 - 1e-6)
     linear = {index: of[index].linear[index] for index in of}

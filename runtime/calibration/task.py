@@ -59,11 +59,6 @@ def row_of(compiled: CompiledModel, index: int, linear: Linearity | None, sigma:
     return SiteCalibration(site.name, elements, *measured, None, None, group=run.index)
 
 
-def forwards_of(compiled: CompiledModel) -> float:
-    """Perturbed forwards of a sample and step."""
-    return sum(run.copies * run.share for run in compiled.runs)
-
-
 def check_budget(task: CalibrationTask, compiled: CompiledModel) -> None:
     """Of one pair (or copy) in every run, or of the copies that are held.
 
@@ -72,7 +67,7 @@ def check_budget(task: CalibrationTask, compiled: CompiledModel) -> None:
     """
     estimator, budget = compiled.estimator, task.budget
     held = "copies" not in task.choose
-    least = forwards_of(compiled) if held else estimator.step * sum(run.share for run in compiled.runs)
+    least = compiled.forwards if held else estimator.step * sum(run.share for run in compiled.runs)
     if not (math.isfinite(budget) and budget >= least * (1 - 1e-9)):
         joint = "" if len(compiled.runs) == 1 else ', or perturb jointly (groups="joint")'
         what = "the copies given" if held else f"one {'pair' if estimator.antithetic else 'copy'}"
@@ -83,4 +78,4 @@ def check_budget(task: CalibrationTask, compiled: CompiledModel) -> None:
         )
 
 
-__all__ = ["CalibrationTask", "check_budget", "forwards_of", "row_of"]
+__all__ = ["CalibrationTask", "check_budget", "row_of"]

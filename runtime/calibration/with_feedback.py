@@ -18,7 +18,7 @@ from ..feedback import FeedbackState
 from .allocation import allocate
 from .gradient_noise import KEY, repeated_gradients, squared_bias, variance
 from .record import Calibration
-from .task import CalibrationTask, check_budget, forwards_of, row_of
+from .task import CalibrationTask, check_budget, row_of
 
 LEARNING_STEPS = 40
 """Steps in which feedback is learned on the batch, before what it explains is read."""
@@ -47,7 +47,7 @@ def choose_with_feedback(task: CalibrationTask, sigmas: list[float], batch_size:
     linear, chosen, spent = task.linearity(compiled, sigmas)
     learned = _learned(compiled, task.bound(chosen), chosen)
     probed = estimator.num_probed(task.given.samples) / task.given.samples
-    spent += LEARNING_STEPS * probed * forwards_of(compiled)
+    spent += LEARNING_STEPS * probed * compiled.forwards
     copies = run.copies
     if "copies" in task.choose:
         (copies,) = allocate([1.0], [run.share], task.budget, estimator.step)
@@ -96,7 +96,7 @@ def _judged(
     repeated = repeated_gradients(corrects, sigmas, given, BIAS_REPETITIONS)
     sites = [gradient.site.index for gradient in corrects.gradients if gradient.source == "corrected"]
     judged = {index: (variance(repeated[index]), *squared_bias(repeated[index], predicted[index])) for index in sites}
-    return judged, BIAS_REPETITIONS * forwards_of(corrects)
+    return judged, BIAS_REPETITIONS * corrects.forwards
 
 
 def _corrected(estimator: LikelihoodRatio, corrections: Mapping[str, str]) -> LikelihoodRatio:

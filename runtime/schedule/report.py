@@ -138,11 +138,14 @@ def examine_schedule(
         updates = measured_updates(compiled, model)
     steps = []
     for perturbed in kinds:
-        recorded = {}
+        plan = serial.plan if perturbed else serial.clean_plan
+        recorded: dict[int, list[Timeline]] = {}
         for program, count in zip(programs, sorted({1, workers}), strict=True):
+            if isinstance(program.executor, ThreadedExecutor):
+                tasks = make_tasks(compiled, plan, in_flight=count)
+                program.executor.prioritise(measured_costs(tasks, recorded[1]), perturbed=perturbed)
             with intra_op_threads(threads):
                 recorded[count] = _record(program, inputs, target, perturbed, count)
-        plan = serial.plan if perturbed else serial.clean_plan
         steps.append(_schedule(compiled, plan, recorded, updates, samples, workers, perturbed))
     return ScheduleReport(samples, threads, workers, tuple(steps))
 
