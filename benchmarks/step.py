@@ -263,9 +263,9 @@ def _timed_operators(watch: Stopwatch) -> _Patched:
 
 
 def _timed_learning(watch: Stopwatch) -> _Patched:
-    from onward.runtime import executor
+    from onward.runtime import step
 
-    return _Patched((executor, "learn", watch.wrap("learning", vars(executor)["learn"])))
+    return _Patched((step, "learn", watch.wrap("learning", vars(step)["learn"])))
 
 
 # ---------------------------------------------------------------------------------------------------------- printing

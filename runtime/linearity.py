@@ -23,7 +23,8 @@ from torch import Tensor, fx
 from ..compiler.program import CompiledModel
 from ..passes.graph import Output, outputs
 from .bindings import Environment
-from .executor import SerialExecutor, StepInput, output_leaves
+from .executor import SerialExecutor
+from .step import StepInput, output_leaves
 
 RELATIVE = tuple(2.0**power for power in range(-7, 2))
 """Candidates for σ, as multiples of the root mean square of the tensor that receives the noise."""

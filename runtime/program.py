@@ -27,13 +27,13 @@ from .bindings import Environment
 from .calibration.choose import calibrate
 from .calibration.record import Calibration
 from .checks import ModelCheck, check_batch, first_without_statistics_of_one
-from .executor import StepInput, StepResult
 from .executors import make_executor
 from .feedback import FeedbackState, initial_state, probe_interval
 from .linearity import measure
 from .loss import BatchLoss, Loss, SampleLoss
 from .memory.shortage import is_out_of_memory, suggest_chunk
 from .output_gradient import OutputGradient
+from .step import StepInput, StepResult
 from .targets import num_rows, repeat_target, target_leaves
 
 

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, get_device_module
 
 from ..compiler.program import CompiledModel
-from .executor import SerialExecutor, Step, StepResult
+from .executor import SerialExecutor
 from .feedback import FeedbackState
 from .finite import all_finite
 from .plan import Action, Error, Forward, Gradient, Learn, Perturb
 from .schedule.costs import estimated_costs
 from .schedule.tasks import make_tasks
+from .step import Step, StepResult
 from .stream_plan import StreamPlan, make_stream_plan
 
 
@@ -146,7 +147,7 @@ def _made(step: Step, action: Action) -> Iterable[Tensor]:
     found: list[Any]
     match action:
         case Forward(stage):
-            found = [step.environment.get(key) for key in step.executor.stages[stage].outputs]
+            found = [step.environment.get(key) for key in step.bound.stages[stage].outputs]
         case Error():
             found = [step.clean, step.error, step.environment.get("runtime:projected_error")]
         case Perturb(run, chunk, _):

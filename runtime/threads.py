@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from ..compiler.program import CompiledModel
-from .executor import SerialExecutor, Step
+from .executor import SerialExecutor
 from .plan import Action
 from .schedule.bounds import followers, priorities
 from .schedule.tasks import Task, make_tasks
+from .step import Step
 
 TRIALS = 8
 """Steps that are measured each way, of either kind of step."""

@@ -26,7 +26,8 @@ from onward.passes import ops
 from onward.passes.errors import CheckpointError, LossShapeError, NonFiniteLossError, OptionError, UnsupportedModelError
 from onward.passes.find_sites import Site
 from onward.passes.graph import Layout
-from onward.runtime import executor, output_gradient
+from onward.runtime import output_gradient
+from onward.runtime import step as step_module
 from onward.runtime.feedback import FeedbackState, Probe, initial_state, learn
 from onward.runtime.loss import SampleLoss
 from onward.runtime.output_gradient import BLACK_BOX_SIGMA, OutputGradient
@@ -698,13 +699,13 @@ def test_trust_is_what_holds_back_negated_feedback(monkeypatch: pytest.MonkeyPat
 
 def freeze_feedback(patch: pytest.MonkeyPatch) -> None:
     """It never learns any more; its trust is measured all the same."""
-    real = executor.learn
+    real = step_module.learn
 
     def measure(state: FeedbackState, *rest: Any) -> tuple[FeedbackState, Tensor]:
         learned, predicted = real(state, *rest)
         return replace(learned, jacobians=state.jacobians), predicted
 
-    patch.setattr(executor, "learn", measure)
+    patch.setattr(step_module, "learn", measure)
 
 
 def whole_loss(program: onward.Program, x: Tensor, y: Tensor) -> float:

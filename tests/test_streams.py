@@ -21,14 +21,15 @@ from torch import Tensor, nn
 import onward
 from onward.compiler.program import CompiledModel
 from onward.passes.errors import NonFiniteLossError, OptionError
-from onward.runtime import executor as executor_module
+from onward.runtime import bound as bound_module
 from onward.runtime import streams as stream_module
-from onward.runtime.executor import SerialExecutor, Step
+from onward.runtime.executor import SerialExecutor
 from onward.runtime.executors import make_executor
 from onward.runtime.plan import Action, Forward, Gradient, Perturb
 from onward.runtime.schedule.bounds import critical_path, lower_bound
 from onward.runtime.schedule.picture import to_picture
 from onward.runtime.schedule.tasks import Task
+from onward.runtime.step import Step
 from onward.runtime.stream_plan import (
     CROSSING,
     Issue,
@@ -330,11 +331,11 @@ def test_losses_are_looked_at_once_a_step(monkeypatch: pytest.MonkeyPatch) -> No
     """Each look would wait for the GPU."""
     serial, program = pair("layerwise in chunks")
     counts = []
-    real = executor_module.all_finite
-    for module, run in ((executor_module, serial), (stream_module, program)):
+    real = bound_module.all_finite
+    for module, run in ((bound_module, serial), (stream_module, program)):
         asked: list[int] = []
         with monkeypatch.context() as patched:
-            for each in (executor_module, stream_module):
+            for each in (bound_module, stream_module):
                 patched.setattr(each, "all_finite", lambda *tensors: asked.append(len(tensors)) or real(*tensors))  # noqa: B023
             run.step(*batch())
         counts.append(asked)

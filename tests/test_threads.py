@@ -23,8 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import onward
 from onward.passes.errors import NonFiniteLossError, OptionError
 from onward.runtime import threads as threading_module
-from onward.runtime.executor import SerialExecutor, Step
+from onward.runtime.executor import SerialExecutor
 from onward.runtime.plan import Action, Gradient, Perturb
+from onward.runtime.step import Step
 from onward.runtime.threads import TRIALS, ThreadedExecutor, _Trial
 
 

@@ -11,8 +11,9 @@ from ...compiler.driver import recompile
 from ...compiler.estimator import LikelihoodRatio
 from ...compiler.program import CompiledModel
 from ...passes.errors import CalibrationError
-from ..executor import SerialExecutor, StepInput
+from ..executor import SerialExecutor
 from ..linearity import Linearity, measure
+from ..step import StepInput
 from .record import SiteCalibration
 
 

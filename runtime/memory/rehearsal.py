@@ -21,11 +21,12 @@ from ...compiler.program import CompiledModel, binding_key
 from ...passes.graph import Role, placeholders
 from ...passes.separate_outputs import error_like
 from ..bindings import Environment
-from ..executor import HANDLERS, SerialExecutor, Step, StepInput
+from ..executor import SerialExecutor
 from ..feedback import initial_state
 from ..fusion import Fused
 from ..linearity import response
 from ..plan import Action, Error, Forward, Gradient, Learn, Perturb
+from ..step import HANDLERS, Step, StepInput
 from .live import LiveBytes
 
 CLEAN = "clean activations"
