@@ -22,6 +22,7 @@ from ..passes import graph
 from ..passes import ops as _declarations  # noqa: F401  (declares what is implemented here)
 from ..passes.errors import OptionError, unknown_name
 from ..passes.tie_blocks import grid
+from . import cpu_kernels as _compiled  # noqa: F401  (registers what Numba compiles)
 from . import noise_source
 from .blocks import spread
 from .distributions import MODEL_DISTRIBUTIONS, UNIFORM, noise_named
@@ -166,7 +167,8 @@ def weighted_noise_sum(
 
     `weights` is floating (D, N), `draws` int64 (D,) of copy ids, `key` int64 (2,). The result is clean, contiguous, of
     the weights' dtype; narrower types than float32 are summed in float32. Without a batch dimension the weights are
-    summed over the samples. Raises UnknownNameError for a noise or a score.
+    summed over the samples. On a CPU the draws are added in their order, each product rounded first. Raises
+    UnknownNameError for a noise or a score.
     """
     dtype = weights.dtype if weights.dtype in NUMPY_DTYPES else torch.float32
     layout = layout_of(sizes, dim, outer, weights.shape[1])
@@ -181,7 +183,11 @@ def weighted_noise_sum(
     xp, total, factors = _arrays(source.use_numpy, result.view(layout), wide)
     for i, j, part, numbers in source.pieces(layout):
         values = numbers if scored is None else scored(numbers)
-        total[part] += xp.einsum("dn,dpnq->pnq", factors[i:j, part[1]], values)
+        if source.use_numpy:
+            for factor, each in zip(factors[i:j, part[1], None], values, strict=True):
+                total[part] += np.multiply(each, factor, out=each)
+        else:
+            total[part] += xp.einsum("dn,dpnq->pnq", factors[i:j, part[1]], values)
     return result.to(weights.dtype)
 
 

@@ -32,7 +32,7 @@ import onward
 from onward import LikelihoodRatio
 from onward.compiler.driver import compile_model
 from onward.compiler.program import CompiledModel
-from onward.runtime import noise_source
+from onward.runtime import cpu_kernels, noise_source
 from onward.runtime.philox import Key, Purpose, philox_lanes_numpy
 from onward.runtime.program import Program
 
@@ -271,6 +271,7 @@ def every_sign_vector(elements: list[int]) -> Iterator[int]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(noise_source, "philox_lanes_numpy", lanes)
+        patch.setattr(cpu_kernels, "in_use", False)
         yield int(offsets[-1])
 
 

@@ -52,7 +52,7 @@ def failures(mode: str, **environment: str) -> dict[str, str]:
 @needs_triton
 def test_interpreted_kernels_equal_their_definitions() -> None:
     """Calls of every kernel, and training steps that take them."""
-    wrong = failures("interpret", TRITON_INTERPRET="1")
+    wrong = failures("interpret", TRITON_INTERPRET="1", ONWARD_KERNELS="0")  # the CPU's own left out
     assert not wrong, "\n".join(f"{name}: {outcome}" for name, outcome in wrong.items())
 
 
