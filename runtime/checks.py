@@ -136,7 +136,8 @@ def _everything(modules: list[nn.Module]) -> list[Any]:
     belong to is kept alive by whoever keeps the list."""
     found: list[Any] = []
     for module in modules:
-        found += (module.training, *map(id, module._modules.values()), *map(id, module._buffers.values()))
+        found += (module.training, *module._modules, *module._buffers, *module._parameters)
+        found += (*map(id, module._modules.values()), *map(id, module._buffers.values()))
         for parameter in module._parameters.values():
             if parameter is not None:
                 described = parameter.requires_grad, parameter.shape, parameter.dtype, parameter.device

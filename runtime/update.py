@@ -31,8 +31,8 @@ def update(program: TrainableProgram, optimizer: torch.optim.Optimizer) -> None:
     """The optimizer's step, each parameter's part of it scaled by the program's trust (method.md 12); clears ``.grad``.
 
     Scaling the step itself, not the gradient, is a scaled learning rate for every optimizer, Adam included. Raises
-    `NonFiniteGradientError`, with the weights as before and all gradients cleared, if a gradient holds a NaN or an
-    infinity.
+    `NonFiniteGradientError`, with the weights as before and all gradients cleared, if a gradient of the optimizer's
+    parameters holds a NaN or an infinity.
     """
     model = program.model
     _check_gradients(model, optimizer)

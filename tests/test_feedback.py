@@ -26,11 +26,11 @@ from onward.passes import ops
 from onward.passes.errors import CheckpointError, LossShapeError, NonFiniteLossError, OptionError, UnsupportedModelError
 from onward.passes.find_sites import Site
 from onward.passes.graph import Layout
-from onward.runtime import output_gradient
 from onward.runtime import step as step_module
 from onward.runtime.feedback import FeedbackState, Probe, initial_state, learn
 from onward.runtime.loss import SampleLoss
 from onward.runtime.output_gradient import BLACK_BOX_SIGMA, OutputGradient
+from onward.runtime.traced_loss import LossInputs
 
 BOUND = 6.0
 DOUBLE = torch.float64
@@ -596,9 +596,9 @@ def test_a_bug_of_onwards_own_is_no_black_box(monkeypatch: pytest.MonkeyPatch) -
 
     x, y = data()
     function = OutputGradient(SampleLoss(F.cross_entropy))
-    monkeypatch.setattr(output_gradient.SampleLoss, "reduce_positions", broken)
+    monkeypatch.setattr(SampleLoss, "reduce_positions", broken)
     with pytest.raises(KeyError, match="a bug"):
-        function._derivative(output_gradient._Given([x], pytree.tree_structure(x), y % 3, len(x), [0]))
+        function._traced(LossInputs([x], pytree.tree_structure(x), y % 3, len(x), [0]))
 
 
 def test_a_users_mistake_in_the_loss_is_shown() -> None:

@@ -261,3 +261,130 @@ def test_a_loss_with_tensors_of_its_own_has_a_derivative() -> None:
     losses, error = function(output.detach(), target, KEY)
     torch.testing.assert_close(losses, expected.detach())
     torch.testing.assert_close(error, gradient)
+
+
+class Annealed:
+    """A loss with a number of its own that changes at every call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        return self.calls * squares(output, target)
+
+
+def test_a_loss_that_keeps_changing_becomes_a_black_box() -> None:
+    """Its own state moves on at every call again, and the losses are those that it gives."""
+    loss = Annealed()
+    function = OutputGradient(SampleLoss(loss))
+    output, target = torch.randn(5, 3), torch.randn(5, 3)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3 * CHECK_EVERY):
+            function(output, target, KEY)
+    assert ["anew" in str(each.message) for each in seen] == [True, False]
+    assert "estimated from evaluations" in str(seen[1].message)
+    before = loss.calls
+    losses, _ = function(output, target, KEY)
+    torch.testing.assert_close(losses, (before + 1) * squares(output, target))
+
+
+def test_a_gradient_that_changes_is_noticed_where_the_loss_does_not() -> None:
+    scale = [1.0]
+
+    def surrogate(output: Tensor, target: Tensor) -> Tensor:
+        return squares(output, target) + scale[0] * (output - output.detach()).sum(1)
+
+    function = OutputGradient(SampleLoss(surrogate))
+    output, target = torch.randn(5, 3), torch.randn(5, 3)
+    function(output, target, KEY)
+    scale[0] = 2.0
+    with pytest.warns(UserWarning, match="reads something that has changed"):
+        found = [function(output, target, KEY) for _ in range(CHECK_EVERY)]
+    torch.testing.assert_close(found[-1][1], (2 * (output - target) + 2) / 5)
+
+
+def test_a_change_is_taken_over_also_where_warnings_are_errors() -> None:
+    scale = [1.0]
+    function = OutputGradient(SampleLoss(lambda o, t: scale[0] * squares(o, t)))
+    output, target = torch.randn(5, 3), torch.randn(5, 3)
+    function(output, target, KEY)
+    scale[0] = 2.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="has changed"):  # noqa: PT012
+            for _ in range(CHECK_EVERY):
+                function(output, target, KEY)
+    torch.testing.assert_close(function(output, target, KEY)[0], 2 * squares(output, target))
+
+
+@pytest.mark.parametrize("what", ["target", "output"])
+def test_a_loss_that_writes_into_what_it_is_given(what: str) -> None:
+    """Every call, the first, those that compare and all others, sees the values as they were given."""
+
+    def writes(output: Tensor, target: Tensor) -> Tensor:
+        if what == "target":
+            target.mul_(2).sub_(1)
+        else:
+            output.detach().mul_(2)
+        return squares(output, target)
+
+    expected_output, expected_target = torch.randn(5, 3), torch.randn(5, 3)
+    function = OutputGradient(SampleLoss(writes))
+    for _ in range(2 * CHECK_EVERY + 2):
+        output, target = expected_output.clone(), expected_target.clone()
+        losses, _ = function(output, target, KEY)
+        assert torch.equal(losses, writes(expected_output.clone(), expected_target.clone()))
+
+
+class MovingAverage(torch.nn.Module):
+    """Keeps a mean of what it has seen, in place or as a new tensor."""
+
+    seen: Tensor
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("seen", torch.zeros(3))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        if self.in_place:
+            self.seen.mul_(0.9).add_(0.1 * output.detach().mean(0))
+        else:
+            self.seen = 0.9 * self.seen + 0.1 * output.detach().mean(0)
+        return squares(output - self.seen, target)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_loss_with_memory_remembers_every_batch_once(in_place: bool) -> None:
+    module, reference = MovingAverage(in_place), MovingAverage(in_place)
+    function = OutputGradient(SampleLoss(module))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(CHECK_EVERY + 3):
+        output, target = torch.randn(5, 3, generator=generator), torch.zeros(5, 3)
+        losses, _ = function(output, target, KEY)
+        if in_place:
+            torch.testing.assert_close(losses, reference(output, target))
+            assert torch.equal(module.seen, reference.seen)
+        assert type(module.seen) is Tensor
+
+
+def test_autocast_has_graphs_of_its_own() -> None:
+    weight = torch.randn(3, 3)
+    function = OutputGradient(SampleLoss(lambda o, t: squares((o @ weight).float(), t)))
+    output, target = torch.randn(5, 3), torch.randn(5, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow, _ = function(output, target, KEY)
+    wide, _ = function(output, target, KEY)
+    assert torch.equal(wide, squares(output @ weight, target))
+    assert not torch.equal(wide, narrow)
+
+
+def test_targets_of_changing_kinds() -> None:
+    """Something that is no tensor may come and go."""
+    function = OutputGradient(SampleLoss(lambda o, t: squares(o, t["y"])))
+    output, target = torch.randn(5, 3), torch.randn(5, 3)
+    for mask in (None, torch.zeros(5).numpy(), None, "all", None):
+        losses, _ = function(output, {"y": target, "mask": mask}, KEY)
+        assert torch.equal(losses, squares(output, target))

@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -374,6 +375,7 @@ def test_values_are_freed_in_the_course_of_a_step() -> None:
     ("given", "count"),
     [
         (1000, 1000), ("1000", 1000), ("1000 B", 1000), ("2KiB", 2048), ("2 kb", 2000), ("1.5MiB", 3 << 19),
+        (np.int64(10**9), 10**9), (np.float32(0.5), total_bytes(CPU) // 2),
         ("2GiB", 2 << 30), ("3GB", 3 * 10**9), (0.5, total_bytes(CPU) // 2), ("0.5", total_bytes(CPU) // 2),
         (".25", total_bytes(CPU) // 4),
     ],
@@ -385,7 +387,7 @@ def test_memory_is_read(given: Any, count: int) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("2TiB", "expected a number with a unit"), ("GiB", "expected a number"), ("-1MiB", "expected a number"),
+        ("٢GiB", "expected a number"), ("2TiB", "expected a number with a unit"), ("GiB", "expected a number"), ("-1MiB", "expected a number"),
         (1.5, "between 0 and 1"), (0.0, "between 0 and 1"), ("1.5", "between 0 and 1"), (float("nan"), "between"),
         (0, "at least some bytes"), (-5, "at least some bytes"), (True, "number of bytes"), ([1], "number of bytes"),
     ],

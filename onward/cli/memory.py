@@ -47,7 +47,8 @@ def render_memory(compiled: CompiledModel, name: str, format_: str) -> str:
 _LEGEND = (
     "Predicted: the step is run on tensors without data, and what is alive is counted. Not in it, because it is there "
     "before and after: parameters, buffers, the batch, what feedback has learned, the optimizer's state. "
-    "`onward train --memory 2GiB` chooses the largest chunk that fits; chunks do not change the noise"
+    "`onward train --memory 2GiB` chooses the largest chunk that fits; chunks do not change the noise. "
+    "Without a chunk σ is measured with 8 copies at once, with one in chunks too"
 )
 
 

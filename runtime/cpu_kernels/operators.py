@@ -83,7 +83,7 @@ _NONE = np.empty(0, np.uint8)
 
 def scale_at(sigmas: Tensor, site: int, z: Tensor) -> float:
     """`noise.scale_of`, which takes longer than a small kernel."""
-    scale: float = sigmas.tolist()[site] if sigmas.dtype == z.dtype else scale_of(sigmas, site, z)
+    scale: float = sigmas[site].item() if sigmas.dtype == z.dtype else scale_of(sigmas, site, z)
     return scale
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import numbers
 import os
 import re
 from dataclasses import replace
@@ -26,16 +27,16 @@ def parse_memory(given: int | float | str, device: torch.device) -> int:
     """
     number, unit = given, ""
     if isinstance(given, str):
-        found = re.fullmatch(r"\s*(\d+|\d*\.\d+)\s*([KMG]i?B|B)?\s*", given, re.IGNORECASE)
+        found = re.fullmatch(r"\s*([0-9]+|[0-9]*\.[0-9]+)\s*([KMG]i?B|B)?\s*", given, re.IGNORECASE)
         if found is None:
             raise OptionError(
                 f"memory={given!r}: expected a number with a unit ({', '.join(('KiB', 'MiB', 'GiB', 'KB', 'MB', 'GB'))}"
                 "), for example 2GiB; a number of bytes; or a fraction of the device's memory, for example 0.5."
             )
         number, unit = (float(found[1]) if "." in found[1] else int(found[1])), (found[2] or "").upper()
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
         raise OptionError(f"memory={given!r}: it has to be a number of bytes, a text such as '2GiB', or a fraction.")
-    if isinstance(number, float) and not unit:
+    if not isinstance(number, numbers.Integral) and not unit:
         if not 0 < number < 1:
             raise OptionError(
                 f"memory={given!r}: a fraction of the device's memory lies between 0 and 1. For bytes give a whole "
