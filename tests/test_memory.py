@@ -387,7 +387,8 @@ def test_memory_is_read(given: Any, count: int) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("٢GiB", "expected a number"), ("2TiB", "expected a number with a unit"), ("GiB", "expected a number"), ("-1MiB", "expected a number"),
+        ("٢GiB", "expected a number"),
+        ("2TiB", "expected a number with a unit"), ("GiB", "expected a number"), ("-1MiB", "expected a number"),
         (1.5, "between 0 and 1"), (0.0, "between 0 and 1"), ("1.5", "between 0 and 1"), (float("nan"), "between"),
         (0, "at least some bytes"), (-5, "at least some bytes"), (True, "number of bytes"), ([1], "number of bytes"),
     ],
