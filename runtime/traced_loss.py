@@ -76,7 +76,7 @@ class TracedLoss:
     def of(cls, graph: fx.GraphModule) -> TracedLoss:
         """That of `trace_loss`."""
         operations = [node for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-        written = {_root(node.args[0]).op for node in operations if node.target._schema.is_mutable}
+        written = {_root(value).op for node in operations for value in _written(node)}
         return cls(
             with_bindings(graph).forward,
             any(torch.Tag.nondeterministic_seeded in node.target.tags for node in operations),
@@ -89,14 +89,22 @@ class TracedLoss:
         return self.forward(*(tensor.clone() for tensor in tensors) if self.writes else tensors)
 
 
-def _root(node: Any) -> fx.Node:
-    """Whose memory a value may be: through views and operations in place."""
-    while node.op == "call_function" and isinstance(node.args[0], fx.Node):
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The values that an operation writes into."""
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    given = [*zip(arguments, node.args, strict=False), *((a, node.kwargs.get(a.name)) for a in arguments)]
+    values = [value for argument, value in given if argument.alias_info is not None and argument.alias_info.is_write]
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, fx.Node)]
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """Whose memory a value may be: through views, operations in place and parts of lists."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
         schema = getattr(node.target, "_schema", None)
-        if schema is None or not any(argument.alias_info for argument in schema.arguments):
+        if schema is not None and not any(argument.alias_info for argument in schema.arguments):
             break
         node = node.args[0]
-    return node  # type: ignore[no-any-return]
+    return node
 
 
 class NoDerivativeError(Exception):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import onward
 from onward.passes.graph import outputs
@@ -22,6 +23,7 @@ from onward.runtime.finite import all_finite
 from onward.runtime.fusion import Fused
 from onward.runtime.loss import SampleLoss
 from onward.runtime.output_gradient import CHECK_EVERY, OutputGradient
+from onward.runtime.traced_loss import LossInputs, trace_loss
 
 # --- fused graphs -----------------------------------------------------------------------------------------------------
 
@@ -388,3 +390,27 @@ def test_targets_of_changing_kinds() -> None:
     for mask in (None, torch.zeros(5).numpy(), None, "all", None):
         losses, _ = function(output, {"y": target, "mask": mask}, KEY)
         assert torch.equal(losses, squares(output, target))
+
+
+def test_what_a_loss_writes_into_is_found_through_views_and_lists() -> None:
+    own = torch.zeros(3)
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        own[:2].add_(output.detach()[:, :2].mean(0))
+        torch._foreach_mul_([target[:, 0], target[:, 1]], 2.0)
+        return squares(output, target)
+
+    output, target = torch.randn(5, 3), torch.randn(5, 3)
+    given = LossInputs([output], pytree.tree_structure(output), target, 5, [0])
+    traced = trace_loss(SampleLoss(loss), given, free=False)
+    assert traced is not None
+    assert (traced.writes, traced.remembers, traced.draws) == (True, True, False)
+    kept = target.clone()
+    losses, _ = traced([output, target])
+    doubled = kept * torch.tensor([2.0, 2.0, 1.0])
+    torch.testing.assert_close(losses, squares(output, doubled))
+    assert torch.equal(target, kept)
+
+    plain = trace_loss(SampleLoss(lambda o, t: squares(o.clone().mul_(2), t)), given, free=False)
+    assert plain is not None
+    assert not (plain.writes or plain.remembers or plain.draws)
