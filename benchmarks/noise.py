@@ -28,9 +28,9 @@ from rich.table import Table
 from torch import Tensor
 
 from onward.passes import ops
-from onward.runtime import cpu_kernels
-from onward.runtime import noise as definitions
-from onward.runtime.distributions import NOISES
+from onward.runtime.noise import cpu_kernels
+from onward.runtime.noise import operators as definitions
+from onward.runtime.noise.distributions import NOISES
 
 KEY, SIGMAS, CPU = torch.tensor([2**40 + 17, 5]), torch.tensor([0.1]), torch.device("cpu")
 PAIR = torch.tensor([0, -1])

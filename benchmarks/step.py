@@ -263,7 +263,7 @@ def _timed_operators(watch: Stopwatch) -> _Patched:
 
 
 def _timed_learning(watch: Stopwatch) -> _Patched:
-    from onward.runtime import step
+    from onward.runtime.execution import step
 
     return _Patched((step, "learn", watch.wrap("learning", vars(step)["learn"])))
 

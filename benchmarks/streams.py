@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from onward import LikelihoodRatio, Program, models
 from onward import compile as compile_program
-from onward.runtime.executor import SerialExecutor
-from onward.runtime.stream_plan import format_stream_plan
-from onward.runtime.streams import StreamedExecutor
+from onward.runtime.execution.executor import SerialExecutor
+from onward.runtime.execution.stream_plan import format_stream_plan
+from onward.runtime.execution.streams import StreamedExecutor
 
 Step = Callable[[], object]
 SIZE = 32

@@ -34,8 +34,8 @@ from onward.cli.backpropagation import Backpropagation
 from onward.cli.recipes import recipe_for
 from onward.cli.train import Training, make_optimizer
 from onward.models.data import loaders
-from onward.runtime.evaluation import accuracy, evaluate
-from onward.runtime.update import update
+from onward.runtime.training.evaluation import accuracy, evaluate
+from onward.runtime.training.update import update
 
 PARTS = {
     "F": "clean forward",

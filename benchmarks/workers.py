@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 from onward import LikelihoodRatio, Program, models
 from onward import compile as compile_program
+from onward.runtime.execution.threads import ThreadedExecutor
 from onward.runtime.schedule.bounds import lower_bound
 from onward.runtime.schedule.costs import measured_costs
 from onward.runtime.schedule.tasks import make_tasks
 from onward.runtime.schedule.timeline import record
-from onward.runtime.threads import ThreadedExecutor
 
 
 def deep_mlp(width: int) -> Callable[[], nn.Module]:

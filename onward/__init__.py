@@ -7,9 +7,9 @@ from .api import compile
 from .compiler.estimator import LikelihoodRatio
 from .passes import errors
 from .runtime.calibration.record import Calibration
-from .runtime.history import EpochRecord, History
 from .runtime.program import Program
-from .runtime.trainer import Trainer
+from .runtime.training.history import EpochRecord, History
+from .runtime.training.trainer import Trainer
 
 __version__ = version("onward")
 

@@ -1,1 +1,1 @@
-"""Execution: noise, sign packing, kernels, the plan and its executors, the trainer and its checkpoints."""
+"""Execution: the program, its plan, what feedback learns; noise, executors, schedules, memory, training in packages."""

@@ -19,8 +19,8 @@ from ..passes import ops
 from ..passes.errors import CheckpointError
 from ..passes.find_sites import Site
 from ..passes.graph import Layout
-from . import kernels
 from .basis import Basis, empty_basis
+from .noise import kernels
 
 SLOW_STEP = 0.05
 """Lower bound of the schedule 1/step of the learning step, before the stable bound."""

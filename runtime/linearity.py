@@ -22,9 +22,9 @@ from torch import Tensor, fx
 
 from ..compiler.program import CompiledModel
 from ..passes.graph import Output, outputs
-from .bindings import Environment
-from .executor import SerialExecutor
-from .step import StepInput, output_leaves
+from .execution.bindings import Environment
+from .execution.executor import SerialExecutor
+from .execution.step import StepInput, output_leaves
 
 RELATIVE = tuple(2.0**power for power in range(-7, 2))
 """Candidates for σ, as multiples of the root mean square of the tensor that receives the noise."""

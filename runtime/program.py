@@ -20,20 +20,20 @@ from ..compiler.site_options import resolve_sigmas
 from ..passes.errors import BatchError, CheckpointError, OutOfMemoryError
 from ..passes.graph import Role, outputs, placeholders
 from ..passes.separate_outputs import error_like
-from . import noise as _noise  # noqa: F401  (registers the kernels)
-from . import packing as _packing  # noqa: F401
-from . import weight_noise as _weight_noise  # noqa: F401
-from .bindings import Environment
 from .calibration.choose import calibrate
 from .calibration.record import Calibration
 from .checks import ModelCheck, check_batch, first_without_statistics_of_one
-from .executors import make_executor
+from .execution.bindings import Environment
+from .execution.executors import make_executor
+from .execution.step import StepInput, StepResult
 from .feedback import FeedbackState, initial_state, probe_interval
 from .linearity import measure
 from .loss import BatchLoss, Loss, SampleLoss
 from .memory.shortage import is_out_of_memory, suggest_chunk
+from .noise import operators as _noise  # noqa: F401  (registers the kernels)
+from .noise import packing as _packing  # noqa: F401
+from .noise import weights as _weight_noise  # noqa: F401
 from .output_gradient import OutputGradient
-from .step import StepInput, StepResult
 from .targets import num_rows, repeat_target, target_leaves
 
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._pytree import TreeSpec
 
 from ..passes.graph import drop_detaches
-from .bindings import with_bindings
+from .execution.bindings import with_bindings
 from .loss import SampleLoss
 from .targets import target_leaves
 

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 import onward
 from onward.passes import ops
 from onward.passes.graph import Layout
-from onward.runtime import kernels, packing
-from onward.runtime.distributions import NOISES
 from onward.runtime.feedback import NoiseRows, Probe
-from onward.runtime.kernels import proof
+from onward.runtime.noise import kernels, packing
+from onward.runtime.noise.distributions import NOISES
+from onward.runtime.noise.kernels import proof
 
 SITE = 2
 KEY, SMALL_KEY = torch.tensor([-(2**40) - 17, 2**31 + 5]), torch.tensor([-3, 5])
@@ -136,7 +136,7 @@ def moved(value: Any, device: torch.device) -> Any:
 
 def check(case: Case, device: torch.device) -> None:
     """The kernel's result on a device against the definition's on the CPU, as `proof` compares them."""
-    from onward.runtime.kernels.table import KERNELS
+    from onward.runtime.noise.kernels.table import KERNELS
 
     kernel = KERNELS[case.kernel]
     there = [moved(value, device) for value in case.args]
@@ -150,7 +150,7 @@ def check(case: Case, device: torch.device) -> None:
 
 
 def check_scale_of_zero(dtype: torch.dtype, tiled: bool, device: torch.device) -> None:
-    from onward.runtime.kernels.noise import perturb
+    from onward.runtime.noise.kernels.noise import perturb
 
     z = torch.tensor([[-0.0, 0.0, 1.0, -torch.inf, torch.nan]], dtype=dtype)
     given = z.repeat(2, 1) if tiled else z
@@ -250,7 +250,7 @@ def compiled() -> Iterator[tuple[str, Callable[[], None]]]:
         assert not fused or self.fn.__module__.endswith("product"), f"not the definition's rounding: {fused}"
 
     JITFunction.run = compile_only
-    from onward.runtime.kernels.table import KERNELS
+    from onward.runtime.noise.kernels.table import KERNELS
 
     for cases, stride in ((noise_cases(), 7), (sign_cases(), 5), (product_cases(), 1)):
         for case in thinned(distinct(cases), stride):

@@ -52,7 +52,7 @@ class Memory:
 
 
 class FakeDevice:
-    """What `runtime.streams` needs of a device's module, and the books.
+    """What `runtime.execution.streams` needs of a device's module, and the books.
 
     Attributes:
         faults: accesses that a GPU could have made too early, and memory that it could have given away too early.

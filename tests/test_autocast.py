@@ -12,8 +12,8 @@ from executor_cases import CASES, data_of, mlp, same
 from torch import Tensor, nn
 
 import onward
-from onward.runtime.precision import outside_autocast
-from onward.runtime.streams import StreamedExecutor
+from onward.runtime.execution.precision import outside_autocast
+from onward.runtime.execution.streams import StreamedExecutor
 
 
 def gradient(program: onward.Program, case: str, dtype: torch.dtype | None) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from training_run import StandIn, make_model
 
 from onward.passes.errors import CheckpointError
-from onward.runtime import checkpoint as checkpoints
-from onward.runtime import random_state, run_state
+from onward.runtime.training import checkpoint as checkpoints
+from onward.runtime.training import random_state, run_state
 
 
 def equal(a: Any, b: Any) -> bool:

@@ -24,16 +24,16 @@ from torch import Tensor
 
 from onward.passes import ops
 from onward.passes.errors import OptionError, UnknownNameError
-from onward.runtime import noise as definitions
-from onward.runtime import noise_source
-from onward.runtime.distributions import NOISES
-from onward.runtime.noise_source import Limits
+from onward.runtime.noise import operators as definitions
+from onward.runtime.noise import source as noise_source
+from onward.runtime.noise.distributions import NOISES
+from onward.runtime.noise.source import Limits
 
 if importlib.util.find_spec("numba") is None:
     pytest.skip("Numba is not installed", allow_module_level=True)
 
-from onward.runtime.cpu_kernels import compiled, table
-from onward.runtime.cpu_kernels.table import KERNELS, CompiledOperator, same_bits
+from onward.runtime.noise.cpu_kernels import compiled, table
+from onward.runtime.noise.cpu_kernels.table import KERNELS, CompiledOperator, same_bits
 
 KEY = torch.tensor([2**40 + 17, 5])
 DTYPES = (torch.float32, torch.float64)

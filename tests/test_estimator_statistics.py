@@ -32,8 +32,9 @@ import onward
 from onward import LikelihoodRatio
 from onward.compiler.driver import compile_model
 from onward.compiler.program import CompiledModel
-from onward.runtime import cpu_kernels, noise_source
-from onward.runtime.philox import Key, Purpose, philox_lanes_numpy
+from onward.runtime.noise import cpu_kernels
+from onward.runtime.noise import source as noise_source
+from onward.runtime.noise.philox import Key, Purpose, philox_lanes_numpy
 from onward.runtime.program import Program
 
 Array = Any

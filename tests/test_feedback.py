@@ -26,7 +26,7 @@ from onward.passes import ops
 from onward.passes.errors import CheckpointError, LossShapeError, NonFiniteLossError, OptionError, UnsupportedModelError
 from onward.passes.find_sites import Site
 from onward.passes.graph import Layout
-from onward.runtime import step as step_module
+from onward.runtime.execution import step as step_module
 from onward.runtime.feedback import FeedbackState, Probe, initial_state, learn
 from onward.runtime.loss import SampleLoss
 from onward.runtime.output_gradient import BLACK_BOX_SIGMA, OutputGradient

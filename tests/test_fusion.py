@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 
 import onward
 from onward.passes.graph import outputs
-from onward.runtime.bindings import BINDINGS, with_bindings
-from onward.runtime.executor import SerialExecutor
+from onward.runtime.execution.bindings import BINDINGS, with_bindings
+from onward.runtime.execution.executor import SerialExecutor
+from onward.runtime.execution.fusion import Fused
 from onward.runtime.finite import all_finite
-from onward.runtime.fusion import Fused
 from onward.runtime.loss import SampleLoss
 from onward.runtime.output_gradient import CHECK_EVERY, OutputGradient
 from onward.runtime.traced_loss import LossInputs, trace_loss
@@ -413,4 +413,4 @@ def test_what_a_loss_writes_into_is_found_through_views_and_lists() -> None:
 
     plain = trace_loss(SampleLoss(lambda o, t: squares(o.clone().mul_(2), t)), given, free=False)
     assert plain is not None
-    assert not (plain.writes or plain.remembers or plain.draws)
+    assert (plain.writes, plain.remembers, plain.draws) == (False, False, False)

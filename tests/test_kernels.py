@@ -22,9 +22,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from onward.runtime import kernels
-from onward.runtime.kernels import proof
-from onward.runtime.kernels.proof import Kernel, proved
+from onward.runtime.noise import kernels
+from onward.runtime.noise.kernels import proof
+from onward.runtime.noise.kernels.proof import Kernel, proved
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -85,7 +85,7 @@ from onward.passes import ops
 from onward.runtime import kernels, packing
 ops.pack_signs(torch.ones(2, 3), "binary", 0)
 has = torch._C._dispatch_has_kernel_for_dispatch_key("onward::perturb", "CUDA")
-print(kernels.serves(torch.device("cuda")), has, "onward.runtime.kernels.table" in sys.modules)
+print(kernels.serves(torch.device("cuda")), has, "onward.runtime.noise.kernels.table" in sys.modules)
 """
     assert script("-c", code, ONWARD_KERNELS=setting).split() == [str(registered), str(registered), "False"]
 
@@ -200,7 +200,7 @@ def test_a_sum_may_be_rounded_in_another_order_within_its_bound(error: float, tr
 def test_the_bounds_of_sums_are_tight_enough_to_see_a_wrong_number() -> None:
     """One draw missing, or one sign of a product flipped, is far outside."""
     pytest.importorskip("triton")
-    from onward.runtime.kernels.table import KERNELS
+    from onward.runtime.noise.kernels.table import KERNELS
 
     cases = [*kernel_cases.noise_cases(), *kernel_cases.product_cases()]
     summing = [case for case in cases if case.kernel in ("weighted_noise_sum", "noise_product")]

@@ -24,12 +24,12 @@ import onward
 from onward import LikelihoodRatio, models
 from onward.passes import ops
 from onward.passes.errors import OptionError
+from onward.runtime.execution.step import Step
 from onward.runtime.memory.budget import parse_memory, total_bytes, with_chunk, within
 from onward.runtime.memory.kernels import NOISE_ARRAYS, temporary
 from onward.runtime.memory.live import LiveBytes
 from onward.runtime.memory.rehearsal import COMMIT, MEASURE, rehearse
 from onward.runtime.schedule.tasks import make_tasks
-from onward.runtime.step import Step
 
 CPU = torch.device("cpu")
 

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from onward.passes import ops
 from onward.passes.errors import OptionError, UnknownNameError
-from onward.runtime import noise_source
-from onward.runtime import philox as philox_module
-from onward.runtime.distributions import MODEL_DISTRIBUTIONS, NOISES, UNIFORM, Distribution
-from onward.runtime.noise import perturb
-from onward.runtime.noise_source import Layout, Limits, Source, copy_runs, numbers_from_lanes
-from onward.runtime.philox import Key, Purpose, philox, philox_lanes, philox_lanes_numpy
+from onward.runtime.noise import philox as philox_module
+from onward.runtime.noise import source as noise_source
+from onward.runtime.noise.distributions import MODEL_DISTRIBUTIONS, NOISES, UNIFORM, Distribution
+from onward.runtime.noise.operators import perturb
+from onward.runtime.noise.philox import Key, Purpose, philox, philox_lanes, philox_lanes_numpy
+from onward.runtime.noise.source import Layout, Limits, Source, copy_runs, numbers_from_lanes
 
 SEED, STEP, SITE = 2**40 + 17, 5, 2
 KEY = torch.tensor([SEED, STEP])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onward.passes import ops
 from onward.passes.errors import UnknownNameError
-from onward.runtime import packing
+from onward.runtime.noise import packing
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8]
 

@@ -24,7 +24,7 @@ from training_run import (
 )
 
 from onward.passes.errors import CheckpointError, DataError, NonFiniteLossError
-from onward.runtime import checkpoint as checkpoints
+from onward.runtime.training import checkpoint as checkpoints
 
 STEPS = 6  # an epoch of the run in training_run
 

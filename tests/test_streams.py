@@ -21,16 +21,12 @@ from torch import Tensor, nn
 import onward
 from onward.compiler.program import CompiledModel
 from onward.passes.errors import NonFiniteLossError, OptionError
-from onward.runtime import bound as bound_module
-from onward.runtime import streams as stream_module
-from onward.runtime.executor import SerialExecutor
-from onward.runtime.executors import make_executor
-from onward.runtime.plan import Action, Forward, Gradient, Perturb
-from onward.runtime.schedule.bounds import critical_path, lower_bound
-from onward.runtime.schedule.picture import to_picture
-from onward.runtime.schedule.tasks import Task
-from onward.runtime.step import Step
-from onward.runtime.stream_plan import (
+from onward.runtime.execution import bound as bound_module
+from onward.runtime.execution import streams as stream_module
+from onward.runtime.execution.executor import SerialExecutor
+from onward.runtime.execution.executors import make_executor
+from onward.runtime.execution.step import Step
+from onward.runtime.execution.stream_plan import (
     CROSSING,
     Issue,
     StreamPlan,
@@ -39,7 +35,11 @@ from onward.runtime.stream_plan import (
     make_stream_plan,
     simulate_streams,
 )
-from onward.runtime.streams import StreamedExecutor
+from onward.runtime.execution.streams import StreamedExecutor
+from onward.runtime.plan import Action, Forward, Gradient, Perturb
+from onward.runtime.schedule.bounds import critical_path, lower_bound
+from onward.runtime.schedule.picture import to_picture
+from onward.runtime.schedule.tasks import Task
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
 

@@ -22,11 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import onward
 from onward.passes.errors import NonFiniteLossError, OptionError
-from onward.runtime import threads as threading_module
-from onward.runtime.executor import SerialExecutor
+from onward.runtime.execution import threads as threading_module
+from onward.runtime.execution.executor import SerialExecutor
+from onward.runtime.execution.step import Step
+from onward.runtime.execution.threads import TRIALS, ThreadedExecutor, _Trial
 from onward.runtime.plan import Action, Gradient, Perturb
-from onward.runtime.step import Step
-from onward.runtime.threads import TRIALS, ThreadedExecutor, _Trial
 
 
 @pytest.fixture(autouse=True)

@@ -26,12 +26,12 @@ from onward.passes.errors import (
     OptionError,
     UnknownNameError,
 )
-from onward.runtime import checkpoint as checkpoints
-from onward.runtime.evaluation import accuracy
-from onward.runtime.history import History
-from onward.runtime.metrics import JsonLines, ProgressBar, TensorBoard
-from onward.runtime.random_state import capture_rng, restore_rng
-from onward.runtime.trainer import Trainer
+from onward.runtime.training import checkpoint as checkpoints
+from onward.runtime.training.evaluation import accuracy
+from onward.runtime.training.history import History
+from onward.runtime.training.metrics import JsonLines, ProgressBar, TensorBoard
+from onward.runtime.training.random_state import capture_rng, restore_rng
+from onward.runtime.training.trainer import Trainer
 
 
 def test_fit_equals_a_loop_by_hand() -> None:

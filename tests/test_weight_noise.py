@@ -31,7 +31,7 @@ from onward.compiler.verify import verify, verify_history
 from onward.passes import ops
 from onward.passes.errors import OptionError, UnknownNameError, VerificationError
 from onward.passes.perturb_weights import WeightNoise
-from onward.runtime import noise_source
+from onward.runtime.noise import source as noise_source
 from onward.runtime.program import Program
 
 BOUND = 6.0

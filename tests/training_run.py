@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import onward
 from onward.compiler.program import CompiledModel
-from onward.runtime import checkpoint as checkpoints
-from onward.runtime.trainer import Trainer
+from onward.runtime.training import checkpoint as checkpoints
+from onward.runtime.training.trainer import Trainer
 
 FEATURES, CLASSES, BATCH = 6, 3, 8
 

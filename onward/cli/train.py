@@ -23,10 +23,10 @@ from ..compiler.files import check_writable, write_whole
 from ..compiler.report_text import describe_estimator
 from ..models import Dataset, loaders
 from ..passes.errors import OptionError, unknown_name
-from ..runtime.history import History
-from ..runtime.metrics import jsonable
-from ..runtime.trainable import TrainableProgram
-from ..runtime.trainer import Trainer
+from ..runtime.training.history import History
+from ..runtime.training.metrics import jsonable
+from ..runtime.training.trainable import TrainableProgram
+from ..runtime.training.trainer import Trainer
 from ..runtime.versions import versions as software_versions
 from .backpropagation import Backpropagation
 from .common import Setup, set_up, settings_of, to_json

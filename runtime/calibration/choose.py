@@ -12,8 +12,8 @@ from collections.abc import Collection
 
 from ...compiler.estimator import LikelihoodRatio
 from ...passes.errors import OptionError, unknown_name
-from ..executor import SerialExecutor
-from ..step import StepInput
+from ..execution.executor import SerialExecutor
+from ..execution.step import StepInput
 from .plain import choose_plain
 from .record import Calibration
 from .task import CalibrationTask, check_budget

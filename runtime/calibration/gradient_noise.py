@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ...compiler.program import CompiledModel, GradientSubgraph
 from ...passes.graph import Output, clone, finish, outputs, set_outputs
-from ..executor import SerialExecutor
-from ..step import StepInput
+from ..execution.executor import SerialExecutor
+from ..execution.step import StepInput
 
 KEY = 1 << 31
 """Step numbers of the noise of a calibration: beyond those of training."""

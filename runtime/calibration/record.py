@@ -21,7 +21,7 @@ from ...compiler.program import CompiledModel
 from ...compiler.report_text import describe_estimator
 from ...compiler.site_options import resolve_sigmas
 from ...passes.errors import CalibrationError, OptionError, UnknownNameError
-from ..metrics import jsonable
+from ..training.metrics import jsonable
 
 VERSION = 2
 """Of the file."""

@@ -11,9 +11,9 @@ from ...compiler.driver import recompile
 from ...compiler.estimator import LikelihoodRatio
 from ...compiler.program import CompiledModel
 from ...passes.errors import CalibrationError
-from ..executor import SerialExecutor
+from ..execution.executor import SerialExecutor
+from ..execution.step import StepInput
 from ..linearity import Linearity, measure
-from ..step import StepInput
 from .record import SiteCalibration
 
 

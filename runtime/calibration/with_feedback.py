@@ -13,9 +13,9 @@ from dataclasses import replace
 from ...compiler.estimator import LikelihoodRatio
 from ...compiler.program import CompiledModel
 from ...compiler.site_options import UNMEASURED, resolve_corrections
-from ..executor import SerialExecutor
+from ..execution.executor import SerialExecutor
+from ..execution.step import StepInput
 from ..feedback import FeedbackState
-from ..step import StepInput
 from .allocation import allocate
 from .gradient_noise import KEY, repeated_gradients, squared_bias, variance
 from .record import Calibration

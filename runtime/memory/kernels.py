@@ -1,4 +1,4 @@
-"""What operations allocate for themselves while they run, on a CPU: tensors, and the arrays of NumPy (`noise_source`).
+"""What operations allocate for themselves while they run, on a CPU: tensors, and the arrays of NumPy (`noise.source`).
 
 One rule for each operation with any. Convolutions in float32 are oneDNN's, which works on copies of its operands in
 blocks of channels; it was measured, on processors with AVX-512 (others have smaller blocks). Of a GPU's libraries
@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from ...passes import ops
 from ...passes.graph import Layout
 from ...passes.tie_blocks import grid
-from ..noise import TIED_ELEMENTS
-from ..noise_source import copy_runs
+from ..noise.operators import TIED_ELEMENTS
+from ..noise.source import copy_runs
 
 NOISE_ARRAYS = 3 << 19
 """NumPy's buffers of an operator that makes random numbers: words, numbers, and their product with a mask. Measured: 1

@@ -20,13 +20,13 @@ from ...compiler.cost import with_samples
 from ...compiler.program import CompiledModel, binding_key
 from ...passes.graph import Role, placeholders
 from ...passes.separate_outputs import error_like
-from ..bindings import Environment
-from ..executor import SerialExecutor
+from ..execution.bindings import Environment
+from ..execution.executor import SerialExecutor
+from ..execution.fusion import Fused
+from ..execution.step import HANDLERS, Step, StepInput
 from ..feedback import initial_state
-from ..fusion import Fused
 from ..linearity import response
 from ..plan import Action, Error, Forward, Gradient, Learn, Perturb
-from ..step import HANDLERS, Step, StepInput
 from .live import LiveBytes
 
 CLEAN = "clean activations"

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from ...compiler.program import CompiledModel
+from ..execution.threads import ThreadedExecutor, intra_op_threads
 from ..loss import Loss
 from ..plan import Action, Error, Forward, Gradient, Learn, Perturb
 from ..program import Program
-from ..threads import ThreadedExecutor, intra_op_threads
 from .bounds import critical_path, lower_bound, simulate
 from .costs import estimated_costs, measured_costs
 from .pipeline import measured_updates, seconds_a_step

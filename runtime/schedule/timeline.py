@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..executor import SerialExecutor
+from ..execution.executor import SerialExecutor
 
 KINDS = {
     "F": "clean forward",

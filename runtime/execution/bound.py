@@ -1,0 +1,74 @@
+"""A compiled model made ready to run: its plans, and its graphs as functions of the values that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ...compiler.program import CompiledModel
+from ...passes.separate_outputs import returned
+from ..finite import all_finite
+from ..plan import Action, Gradient, chunks, make_plan
+from .bindings import BoundGraph
+from .fusion import Fused, fuse, fuse_plan
+from .lifetimes import lifetimes
+from .precision import outside_autocast
+
+
+class BoundModel:
+    """What the steps of a compiled model have in common, and know of whoever runs them.
+
+    Attributes:
+        sigmas: the program's own list, of the standard deviation of every site's noise.
+        plan, clean_plan: the actions of a step with and without perturbed runs.
+    """
+
+    def __init__(self, compiled: CompiledModel, sigmas: list[float]) -> None:
+        self.compiled = compiled
+        self.sigmas = sigmas
+        self.plan = make_plan(compiled)
+        self.clean_plan = make_plan(compiled, perturbed=False)
+        self.lifetimes = {True: lifetimes(compiled, self.plan), False: lifetimes(compiled, self.clean_plan)}
+        """Of both plans, by whether the step is perturbed."""
+        self.copies = [
+            [torch.tensor(chunk, dtype=torch.int64) for chunk in chunks(compiled, run)] for run in compiled.runs
+        ]
+        self.draws = [torch.arange(compiled.estimator.draws(run.copies)) for run in compiled.runs]
+        self.clean_copies = torch.zeros(1, dtype=torch.int64)
+        self.stages = [BoundGraph(stage) for stage in compiled.stages]
+        self.runs = [BoundGraph(run.module) for run in compiled.runs]
+        learns = compiled.estimator.feedback == "learned"
+        self.returned = [index for index, _ in returned(compiled.graph.graph)] if learns else []
+        self.corrects = any(g.source == "corrected" for g in compiled.gradients)
+        self.gradients = {g.site.index: (BoundGraph(g.module), g) for g in compiled.gradients}
+        for subgraph, _ in self.gradients.values():
+            subgraph.forward = outside_autocast(subgraph.forward)
+        self.readers = [
+            {g.site.index for g in compiled.gradients if g.per_copy and g.run == run.index} for run in compiled.runs
+        ]
+        """By run, the sites whose gradients read captures of the copies' own."""
+        self.together: dict[tuple[bool, Fused], BoundGraph] = {}
+        """The graphs of fused actions, by whether the step is perturbed (they return what others read), once needed."""
+        self._fused_plans: dict[bool, tuple[Action | Fused, ...]] = {}
+
+    def fused(self, plan: Sequence[Action]) -> Sequence[Action | Fused]:
+        """The plan as one worker does it."""
+        perturbed = plan is self.plan
+        if perturbed not in self._fused_plans:
+            known = self.lifetimes[perturbed]
+            self._fused_plans[perturbed] = fuse_plan(self.compiled, plan, known)
+            for action in self._fused_plans[perturbed]:
+                if isinstance(action, Fused):
+                    whole = BoundGraph(fuse(self.compiled, action, known))
+                    if isinstance(action.actions[0], Gradient):
+                        whole.forward = outside_autocast(whole.forward)
+                    self.together[perturbed, action] = whole
+        return self._fused_plans[perturbed]
+
+    def demand_finite(self, values: Tensor, fail: Callable[[], NoReturn]) -> None:
+        """Have `fail` raise unless all values are finite: here at once, and before a step ends in any case."""
+        if not all_finite(values):
+            fail()

@@ -1,0 +1,29 @@
+"""Which executor runs a program's steps: by the device that it was compiled for, and how much may run side by side."""
+
+from __future__ import annotations
+
+import torch
+
+from ...compiler.program import CompiledModel
+from ...passes.errors import OptionError
+from .executor import SerialExecutor
+from .streams import StreamedExecutor
+from .threads import ThreadedExecutor
+
+
+def make_executor(compiled: CompiledModel, sigmas: list[float], workers: int, streams: int) -> SerialExecutor:
+    """On a GPU that of `streams`, on a CPU that of `workers`, if there is more than one; else the serial one.
+
+    Raises:
+        OptionError: `streams` on a CPU, which has none.
+    """
+    devices = {leaf[2] for leaf in compiled.captured.signature.leaves if isinstance(leaf, tuple)}
+    on_cpu = torch.device("cpu") in devices
+    if streams > 1 and on_cpu:
+        raise OptionError(
+            f"streams={streams}: the example inputs are on the CPU, and streams are a GPU's. Compile the model and the "
+            "inputs on a GPU, or let threads share a step (workers=2)."
+        )
+    if streams > 1:
+        return StreamedExecutor(compiled, sigmas, streams)
+    return SerialExecutor(compiled, sigmas) if workers == 1 else ThreadedExecutor(compiled, sigmas, workers)

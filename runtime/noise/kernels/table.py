@@ -1,0 +1,41 @@
+"""The kernels, each beside its definition."""
+
+from __future__ import annotations
+
+from ... import feedback
+from .. import operators as definitions
+from .. import packing
+from . import noise, product, signs
+from .proof import Kernel
+
+_ROWS = (
+    # With a scale of 0 the result is z, whatever the noise.
+    Kernel(
+        "perturb",
+        definitions.perturb,
+        noise.perturb,
+        noise.perturb_fits,
+        telling=lambda expected, z, copies, key, sigmas, site, *_: bool(sigmas[site] != 0),
+    ),
+    Kernel("weighted_noise", definitions.weighted_noise, noise.weighted_noise, noise.weighted_fits),
+    Kernel(
+        "weighted_noise_sum",
+        definitions.weighted_noise_sum,
+        noise.weighted_noise_sum,
+        noise.sum_fits,
+        reference=noise.reference_sum,
+    ),
+    Kernel("stochastic_sign", definitions.stochastic_sign, noise.stochastic_sign, noise.stochastic_fits),
+    Kernel("pack_signs", packing.pack_signs, signs.pack_signs, signs.pack_fits),
+    Kernel("unpack_signs", packing.unpack_signs, signs.unpack_signs, signs.unpack_fits),
+    Kernel(
+        "noise_product",
+        feedback.product_of_rows,
+        product.noise_product,
+        product.product_fits,
+        reference=product.reference_product,
+        variant=product.columns_of,
+    ),
+)
+
+KERNELS = {row.name: row for row in _ROWS}

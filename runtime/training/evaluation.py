@@ -1,0 +1,61 @@
+"""Loss and metrics over a loader, in evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ...compiler.capture import as_call
+from ...passes.errors import DataError, OptionError
+from .batches import batch_size
+
+Metric: TypeAlias = Callable[[Any, Any], Tensor]
+
+
+def accuracy(output: Tensor, target: Tensor) -> Tensor:
+    """Share of right answers of each sample, (N,): class scores (N, C, …) against class numbers (N, …)."""
+    if target.is_floating_point() or output.dim() < 2 or output.shape[:1] + output.shape[2:] != target.shape:
+        raise OptionError(
+            "the metric 'accuracy' compares class scores (N, C, …) with whole class numbers (N, …), not "
+            f"{output.dtype} {list(output.shape)} with {target.dtype} {list(target.shape)}. "
+            "Pass metrics=None or metrics={name: function}."
+        )
+    return (output.argmax(1) == target).double().reshape(target.shape[0], -1).mean(1)
+
+
+METRICS: dict[str, Metric] = {"accuracy": accuracy}
+
+
+def evaluate(
+    model: nn.Module,
+    per_sample_loss: Callable[[Any, Any], Tensor],
+    metrics: Mapping[str, Metric],
+    batches: Iterable[tuple[Any, Any]],
+) -> dict[str, float]:
+    """The mean "loss" over the samples of all ``(inputs, target)``, and every metric, without gradients.
+
+    Afterwards each module's ``training`` flag is what it was. Raises `DataError` if there is no batch.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    sums: dict[str, float] = dict.fromkeys(("loss", *metrics), 0.0)
+    samples = 0
+    try:
+        model.eval()
+        with torch.no_grad():
+            for inputs, target in batches:
+                args, kwargs = as_call(inputs)
+                output = model(*args, **kwargs)
+                count = batch_size(inputs, target)
+                sums["loss"] += float(per_sample_loss(output, target).double().mean()) * count
+                for name, metric in metrics.items():
+                    sums[name] += float(torch.as_tensor(metric(output, target)).double().mean()) * count
+                samples += count
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if samples == 0:
+        raise DataError("the loader to evaluate on gave no batch")
+    return {name: value / samples for name, value in sums.items()}
