@@ -104,7 +104,7 @@ def per_call(rounds: int, clock: Clock) -> list[dict[str, Any]]:
 FIRST = """
 import sys, time, torch
 from onward.passes import ops
-from onward.runtime import noise
+from onward.runtime.noise import operators
 begun = time.perf_counter()
 import numba
 imported = time.perf_counter()

@@ -82,7 +82,7 @@ def test_kernels_are_registered_and_not_loaded_before_they_are_called(setting: s
 import sys, torch
 torch.backends.cuda.is_built = lambda: True
 from onward.passes import ops
-from onward.runtime import kernels, packing
+from onward.runtime.noise import kernels, packing
 ops.pack_signs(torch.ones(2, 3), "binary", 0)
 has = torch._C._dispatch_has_kernel_for_dispatch_key("onward::perturb", "CUDA")
 print(kernels.serves(torch.device("cuda")), has, "onward.runtime.noise.kernels.table" in sys.modules)
