@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accuracy import CASES
-from common import describe, machine
+from common import Stopwatch, describe, machine
 from rich.console import Console
 from rich.table import Table
 
@@ -115,43 +114,16 @@ def train(name: str, seed: int, epochs: int | None) -> Pair:
     return Pair(name, seed, *curves)
 
 
-class Clock:
-    """Seconds by name, of whatever was wrapped; the inner ones are taken from the outer."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.inside = 0.0
-
-    def add(self, name: str, seconds: float) -> None:
-        self.seconds[name] += seconds
-        self.inside += seconds
-
-    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            before, self.inside = self.inside, 0.0
-            started = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                passed = time.perf_counter() - started
-                self.seconds[name] += passed - self.inside
-                self.inside = before + passed
-
-        return timed
-
-
 def where(name: str, epochs: int | None) -> dict[str, dict[str, float]]:
     """Milliseconds a step of both by part, over a whole training of seed 0."""
     training = settings(name, epochs)
     found: dict[str, dict[str, float]] = {}
     for label, program in zip(("bp", "auto"), programs(name, 0, training.batch_size), strict=True):
-        clock = Clock()
+        clock = Stopwatch(time.perf_counter, torch.device("cpu"))
         optimizer = make_optimizer(program.model, training)
         step = clock.wrap("the rest of a step", program.step)
         if isinstance(program, Program):
-            program.executor.record = lambda action, worker, start, end, clock=clock: clock.add(
-                PARTS[action[0]], end - start
-            )
+            program.executor.do = _timed(program.executor.do, clock)  # type: ignore[method-assign]
             program._measure_sigmas = clock.wrap("measuring sigma", program._measure_sigmas)  # type: ignore[method-assign]
         else:
             program.model.forward = clock.wrap("clean forward", program.model.forward)
@@ -168,6 +140,16 @@ def where(name: str, epochs: int | None) -> dict[str, dict[str, float]]:
             parts["loss and backward"] = parts.pop("the rest of a step")
         found[label] = parts
     return found
+
+
+def _timed(do: Callable[..., None], clock: Stopwatch) -> Callable[..., None]:
+    """An executor's `do`, its time counted for the kind of action."""
+
+    def timed(step: Any, action: Any, worker: int) -> None:
+        with clock.timing(PARTS[str(action)[0]]):
+            do(step, action, worker)
+
+    return timed
 
 
 def table(pairs: list[Pair], points: float) -> Table:

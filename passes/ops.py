@@ -22,6 +22,7 @@ of a sample (`Layout.extents`). Noise is then that of the smaller tensor with on
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -80,10 +81,11 @@ def _tiled_shape(shape: list[int] | torch.Size, copies: Tensor, dim: int) -> lis
     return tiled
 
 
-def _clean_shape(sizes: list[int], dim: int, batch: int) -> list[int]:
+def clean_shape(sizes: Sequence[int], dim: int, samples: int) -> list[int]:
+    """The shape of a clean tensor of so many samples."""
     shape = list(sizes)
     if dim >= 0:
-        shape[dim] = shape[dim] * batch
+        shape[dim] = shape[dim] * samples
     return shape
 
 
@@ -106,7 +108,7 @@ def _(weights, draws, key, site, noise, score, on, operation, weight, bias, grou
 @torch.library.register_fake("onward::spread_blocks")
 def _(x, sizes, dim, outer, blocks):  # type: ignore[no-untyped-def]
     rows = grid(Layout(tuple(sizes), dim, outer), tuple(blocks)).sizes[dim]
-    return x.new_empty(_clean_shape(sizes, dim, x.shape[dim] // rows))
+    return x.new_empty(clean_shape(sizes, dim, x.shape[dim] // rows))
 
 
 @torch.library.register_fake("onward::count_blocks")
@@ -121,12 +123,12 @@ def _(x, copies, dim, outer):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("onward::weighted_noise_sum")
 def _(weights, draws, key, site, noise, score, sizes, dim, outer):  # type: ignore[no-untyped-def]
-    return weights.new_empty(_clean_shape(sizes, dim, weights.shape[1]))
+    return weights.new_empty(clean_shape(sizes, dim, weights.shape[1]))
 
 
 @torch.library.register_fake("onward::weighted_noise")
 def _(weights, copies, key, site, noise, score, sizes, dim, outer):  # type: ignore[no-untyped-def]
-    return weights.new_empty(_tiled_shape(_clean_shape(sizes, dim, weights.shape[1]), copies, dim))
+    return weights.new_empty(_tiled_shape(clean_shape(sizes, dim, weights.shape[1]), copies, dim))
 
 
 @torch.library.register_fake("onward::keyed_random")

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiler.program import CompiledModel
 from ..passes import ops
 from ..passes.errors import CheckpointError
 from ..passes.find_sites import Site
 from ..passes.graph import Layout
+from ..passes.separate_outputs import error_like
 from .basis import Basis, empty_basis
 from .noise import kernels
 
@@ -150,6 +152,11 @@ class FeedbackState:
         jacobians = {site: jacobian @ rotation for site, jacobian in self.jacobians.items()}
         return replace(self, jacobians=jacobians, basis=basis)
 
+    def tensors(self) -> list[Tensor]:
+        """Its Jacobians, and with a basis that."""
+        basis = [] if self.basis is None else [self.basis.directions, self.basis.strengths]
+        return [*self.jacobians.values(), *basis]
+
     def trust(self, *sites: int) -> float:
         """How far the sites' predictions are borne out by fresh copies: the slope of the response on the prediction,
         cut to [0, 1]. 1 where nothing was measured yet.
@@ -186,6 +193,14 @@ def probe_interval(every: int | str, state: FeedbackState) -> int:
         return every
     explained = max(0.0, state.explained_mean)  # below zero it is worse than nothing; the order makes NaN a zero too
     return min(MAX_INTERVAL, int(1 / max(1 - explained, 1 / MAX_INTERVAL)))
+
+
+def untaught(compiled: CompiledModel) -> FeedbackState:
+    """The state of a compiled model's feedback before the first step."""
+    val = error_like(compiled.graph.graph)
+    sites = [compiled.sites[index] for run in compiled.runs for index in run.sites]
+    like = torch.empty(0, dtype=val.dtype, device=val.device)
+    return initial_state(sites, int(val.shape[1]), like, compiled.rank)
 
 
 def initial_state(sites: list[Site], outputs: int, like: Tensor, rank: int | None = None) -> FeedbackState:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..passes import ops
+from .execution.precision import autocasting
 from .loss import SampleLoss
 from .targets import repeat_target
 from .traced_loss import LossInputs, NoDerivativeError, TracedLoss, differentiate, trace_loss
@@ -82,9 +83,8 @@ class OutputGradient:
         self, leaves: list[Any], spec: Any, target: Any, key: Tensor, shapes: Any, described: Any
     ) -> tuple[Tensor, list[Tensor]]:
         """The losses and gradients of a batch unlike those before, or of a black box."""
-        at = [index for index, leaf in enumerate(leaves) if _is_floating(leaf)] if self.at is None else list(self.at)
-        samples = int(leaves[at[0]].shape[0])
-        given = LossInputs(leaves, spec, target, samples, at)
+        given = self._given(leaves, spec, target)
+        samples = given.samples
         traced = self._traced(given)
         if traced is not None:
             losses, *found = traced(given.tensors)
@@ -95,13 +95,16 @@ class OutputGradient:
         losses = self.loss(pytree.tree_unflatten(leaves, spec), target, samples)  # or the reason why it is none
         return losses, self._estimate(given, key)
 
+    def _given(self, leaves: list[Any], spec: Any, target: Any) -> LossInputs:
+        at = [index for index, leaf in enumerate(leaves) if _is_floating(leaf)] if self.at is None else list(self.at)
+        return LossInputs(leaves, spec, target, int(leaves[at[0]].shape[0]), at)
+
     def _has_changed(self, traced: TracedLoss, output: Any, target: Any, found: list[Tensor]) -> bool:
         """Whether the loss's code now gives other numbers, or other gradients, than its graph."""
         if traced.draws or traced.remembers:
             return False
         leaves, spec = pytree.tree_flatten(pytree.tree_map(_copied, output))
-        at = [index for index, leaf in enumerate(leaves) if _is_floating(leaf)] if self.at is None else list(self.at)
-        given = LossInputs(leaves, spec, pytree.tree_map(_copied, target), len(found[0]), at)
+        given = self._given(leaves, spec, pytree.tree_map(_copied, target))
         try:
             now = differentiate(self.loss, given, given.tensors)
         except NoDerivativeError:  # any more
@@ -178,8 +181,4 @@ def _alike(now: Tensor, then: Tensor) -> bool:
 
 def _autocast() -> tuple[Any, ...]:
     """What of ``torch.autocast`` decides which operations a trace records."""
-    if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
-        return ()
-    return tuple(
-        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
-    )
+    return tuple((device, torch.get_autocast_dtype(device)) for device in autocasting())

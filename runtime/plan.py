@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..compiler.program import CompiledModel, PerturbedRun
+from ..compiler.program import CompiledModel, PerturbedRun, input_keys
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,19 @@ def chunks(compiled: CompiledModel, run: PerturbedRun) -> list[tuple[int, ...]]:
     half = size // 2
     groups = [draws[start : start + half] for start in range(0, len(draws), half)]
     return [(*group, *(~d for d in group)) for group in groups]
+
+
+def keys_read(compiled: CompiledModel, action: Action) -> list[str]:
+    """What an action's graph reads; nothing for the losses and for learning, which have none."""
+    match action:
+        case Forward(stage):
+            return input_keys(compiled.stages[stage])
+        case Perturb(run, _, _):
+            return input_keys(compiled.runs[run].module)
+        case Gradient(site, _):
+            return next(input_keys(g.module) for g in compiled.gradients if g.site.index == site)
+        case Error() | Learn():
+            return []
 
 
 def format_plan(plan: tuple[Action, ...]) -> str:

@@ -19,14 +19,13 @@ from ..compiler.program import CompiledModel
 from ..compiler.site_options import resolve_sigmas
 from ..passes.errors import BatchError, CheckpointError, OutOfMemoryError
 from ..passes.graph import Role, outputs, placeholders
-from ..passes.separate_outputs import error_like
 from .calibration.choose import calibrate
 from .calibration.record import Calibration
 from .checks import ModelCheck, check_batch, first_without_statistics_of_one
 from .execution.bindings import Environment
 from .execution.executors import make_executor
 from .execution.step import StepInput, StepResult
-from .feedback import FeedbackState, initial_state, probe_interval
+from .feedback import FeedbackState, probe_interval, untaught
 from .linearity import measure
 from .loss import BatchLoss, Loss, SampleLoss
 from .memory.shortage import is_out_of_memory, suggest_chunk
@@ -88,7 +87,7 @@ class Program:
         if compiled.estimator.feedback == "learned":
             assert isinstance(self.loss, SampleLoss)
             self._output_gradient = OutputGradient(self.loss, self.executor.returned)
-            self.feedback = self._initial_feedback()
+            self.feedback = untaught(self.compiled)
 
     @torch.inference_mode(False)  # ``.grad`` and buffers outlive the caller's inference mode
     def step(self, inputs: Any, target: Any) -> Tensor:
@@ -247,12 +246,6 @@ class Program:
                 f"the saved run used another estimator: {'; '.join(differing)}. Resume with the same settings, or "
                 "start a new run from the model's weights."
             )
-
-    def _initial_feedback(self) -> FeedbackState:
-        val = error_like(self.compiled.graph.graph)
-        sites = [self.compiled.sites[index] for run in self.compiled.runs for index in run.sites]
-        like = torch.empty(0, dtype=val.dtype, device=val.device)
-        return initial_state(sites, int(val.shape[1]), like, self.compiled.rank)
 
     def _check_target(self, target: Any, samples: int) -> None:
         for leaf in target_leaves(target, samples):

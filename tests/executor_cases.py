@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import onward
 from onward.models.resnet import resnet5
+from onward.passes.errors import NonFiniteLossError
+from onward.runtime.execution.step import Step
 
 Ratio = onward.LikelihoodRatio
 
@@ -115,3 +120,22 @@ def train(program: onward.Program, case: str, steps: int) -> list[Tensor]:
 
 def same(mine: list[Tensor], theirs: list[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
+
+
+def check_that_failed_steps_leave_nothing(program: onward.Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps whose losses are not finite are gone from memory once they have raised, without a garbage collection."""
+    steps, make = weakref.WeakSet[Step](), Step.__init__
+
+    def counted(self: Step, *given: Any) -> None:
+        make(self, *given)
+        steps.add(self)
+
+    monkeypatch.setattr(Step, "__init__", counted)
+    gc.disable()
+    try:
+        for _ in range(3):
+            with pytest.raises(NonFiniteLossError):
+                program.step(*batch())
+        assert len(steps) == 0
+    finally:
+        gc.enable()

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
-import weakref
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from executor_cases import CASES, Ratio, batch, data_of, mlp, same, train
+from executor_cases import CASES, Ratio, batch, check_that_failed_steps_leave_nothing, data_of, mlp, same, train
 from hypothesis import given
 from hypothesis import strategies as st
 from stream_recorder import FakeDevice, Recording
@@ -360,21 +358,7 @@ def test_the_host_waits_for_no_stream_before_all_tasks_are_issued(case: str, wai
 
 def test_a_failed_step_leaves_nothing_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     _, program = pair("layerwise", loss=not_finite(True))
-    steps, make = weakref.WeakSet[Step](), Step.__init__
-
-    def counted(self: Step, *given: Any) -> None:
-        make(self, *given)
-        steps.add(self)
-
-    monkeypatch.setattr(Step, "__init__", counted)
-    gc.disable()
-    try:
-        for _ in range(3):
-            with pytest.raises(NonFiniteLossError):
-                program.step(*batch())
-        assert len(steps) == 0
-    finally:
-        gc.enable()
+    check_that_failed_steps_leave_nothing(program, monkeypatch)
 
 
 def test_tasks_are_issued_on_their_streams(device: FakeDevice) -> None:

@@ -9,14 +9,13 @@ import os
 import random
 import threading
 import time
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from executor_cases import CASES, Ratio, batch, data_of, mlp, same, train
+from executor_cases import CASES, Ratio, batch, check_that_failed_steps_leave_nothing, data_of, mlp, same, train
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -297,21 +296,7 @@ def test_buffers_that_no_output_needs_move_too() -> None:
 
 def test_a_failed_step_leaves_nothing_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     _, program = pair("layerwise", loss=lambda output, target: output.sum(1) * float("nan"))
-    steps, make = weakref.WeakSet[Step](), Step.__init__
-
-    def counted(self: Step, *given: Any) -> None:
-        make(self, *given)
-        steps.add(self)
-
-    monkeypatch.setattr(Step, "__init__", counted)
-    gc.disable()
-    try:
-        for _ in range(3):
-            with pytest.raises(NonFiniteLossError):
-                program.step(*batch())
-        assert len(steps) == 0
-    finally:
-        gc.enable()
+    check_that_failed_steps_leave_nothing(program, monkeypatch)
 
 
 def test_the_loss_sees_the_callers_context() -> None:

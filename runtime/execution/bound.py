@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ...compiler.program import CompiledModel
 from ...passes.separate_outputs import returned
@@ -43,9 +43,7 @@ class BoundModel:
         learns = compiled.estimator.feedback == "learned"
         self.returned = [index for index, _ in returned(compiled.graph.graph)] if learns else []
         self.corrects = any(g.source == "corrected" for g in compiled.gradients)
-        self.gradients = {g.site.index: (BoundGraph(g.module), g) for g in compiled.gradients}
-        for subgraph, _ in self.gradients.values():
-            subgraph.forward = outside_autocast(subgraph.forward)
+        self.gradients = {g.site.index: (_bound_gradient(g.module), g) for g in compiled.gradients}
         self.readers = [
             {g.site.index for g in compiled.gradients if g.per_copy and g.run == run.index} for run in compiled.runs
         ]
@@ -62,13 +60,17 @@ class BoundModel:
             self._fused_plans[perturbed] = fuse_plan(self.compiled, plan, known)
             for action in self._fused_plans[perturbed]:
                 if isinstance(action, Fused):
-                    whole = BoundGraph(fuse(self.compiled, action, known))
-                    if isinstance(action.actions[0], Gradient):
-                        whole.forward = outside_autocast(whole.forward)
-                    self.together[perturbed, action] = whole
+                    bind = _bound_gradient if isinstance(action.actions[0], Gradient) else BoundGraph
+                    self.together[perturbed, action] = bind(fuse(self.compiled, action, known))
         return self._fused_plans[perturbed]
 
     def demand_finite(self, values: Tensor, fail: Callable[[], NoReturn]) -> None:
         """Have `fail` raise unless all values are finite: here at once, and before a step ends in any case."""
         if not all_finite(values):
             fail()
+
+
+def _bound_gradient(module: fx.GraphModule) -> BoundGraph:
+    graph = BoundGraph(module)
+    graph.forward = outside_autocast(graph.forward)
+    return graph

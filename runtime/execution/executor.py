@@ -46,14 +46,11 @@ class SerialExecutor(BoundModel):
 
     def do(self, step: Step, action: Action | Fused, worker: int) -> None:
         """Do one action."""
-        if self.record is None:
-            HANDLERS[type(action)](step, action)
-            step.release(action)
-            return
         started = time.perf_counter()
         HANDLERS[type(action)](step, action)
         step.release(action)
-        self.record(str(action), worker, started, time.perf_counter())
+        if self.record is not None:
+            self.record(str(action), worker, started, time.perf_counter())
 
     def run_clean(self, given: StepInput) -> Environment:
         """All values of the clean run, its losses checked; `given` stays as it is. Raises as `run`."""

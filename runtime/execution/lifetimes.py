@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...compiler.program import CompiledModel, input_keys, output_keys
-from ..plan import Action, Error, Forward, Gradient, Learn, Perturb
+from ..plan import Action, Forward, Learn, Perturb, keys_read
 
 NARROWED = "narrowed:"
 """Begins the key of what a perturbed run reads of a part of the batch, by the run's number (`narrow`)."""
@@ -28,18 +28,15 @@ def lifetimes(compiled: CompiledModel, plan: Sequence[Action]) -> Lifetimes:
     reads (perturbed runs do, in steps that have them) goes at once; parameters and inputs are not the step's."""
     stages = [output_keys(stage) for stage in compiled.stages]
     ends = {key for keys in stages for key in keys if key.startswith(("value:", "capture:"))}
-    gradients = {gradient.site.index: gradient for gradient in compiled.gradients}
     reads = {}
     for action in plan:
-        keys: list[str] = []
+        keys = keys_read(compiled, action)  # of outputs, which losses read, the step's result is made
         match action:
             case Forward(stage):
-                keys = [*input_keys(compiled.stages[stage]), *stages[stage]]
-            case Perturb(run, _, _) | Learn(run):  # learning reads the alive masks that the run itself read
+                keys += stages[stage]
+            case Perturb(run, _, _):
+                keys.append(f"{NARROWED}{run}")
+            case Learn(run):  # reads the alive masks that the run itself read
                 keys = [*input_keys(compiled.runs[run].module), f"{NARROWED}{run}"]
-            case Gradient(site, _):
-                keys = input_keys(gradients[site].module)
-            case Error():
-                pass  # reads outputs only, which are the step's result
         reads[action] = tuple(dict.fromkeys(key for key in keys if key in ends or key.startswith(NARROWED)))
     return Lifetimes(reads, dict(Counter(key for keys in reads.values() for key in keys)))

@@ -20,13 +20,18 @@ _NARROW = (torch.bfloat16, torch.float16)
 Result = TypeVar("Result")
 
 
+def autocasting() -> list[str]:
+    """The kinds of device on which this thread is within ``torch.autocast``."""
+    return [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+
+
 def outside_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
     """`function` with autocast off, and the arguments that are tensors of 16 bits as float32, where it is called within
     autocast; elsewhere `function` as it is, and a model that has 16 bits of its own accord keeps them."""
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Result:
-        devices = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+        devices = autocasting()
         if not devices:
             return function(*arguments)
         with ExitStack() as off:

@@ -170,8 +170,5 @@ def _of_result(result: StepResult) -> Iterator[Tensor]:
     yield from _of_feedback(result.feedback)
 
 
-def _of_feedback(state: FeedbackState | None) -> Iterator[Tensor]:
-    if state is not None:
-        yield from state.jacobians.values()
-        if state.basis is not None:
-            yield from (state.basis.directions, state.basis.strengths)
+def _of_feedback(state: FeedbackState | None) -> list[Tensor]:
+    return [] if state is None else state.tensors()

@@ -29,6 +29,7 @@ from ..plan import Action
 from ..schedule.bounds import followers, priorities
 from ..schedule.tasks import Task, make_tasks
 from .executor import SerialExecutor
+from .precision import autocasting
 from .step import Step
 
 TRIALS = 8
@@ -75,7 +76,7 @@ class ThreadedExecutor(SerialExecutor):
         perturbed = plan is self.plan
         trial, chosen = self._trials[perturbed], self.chosen(perturbed=perturbed)
         if chosen is None:
-            self._measure(step, trial)
+            self._measure(step, plan, trial)
         elif chosen:
             self._run_concurrently(step, trial)
         else:
@@ -85,7 +86,7 @@ class ThreadedExecutor(SerialExecutor):
         """Whether steps with or without a perturbed run go side by side; None while that is being measured."""
         return self._trials[perturbed].choice if self.concurrent is None else self.concurrent
 
-    def _measure(self, step: Step, trial: _Trial) -> None:
+    def _measure(self, step: Step, plan: Sequence[Action], trial: _Trial) -> None:
         """One of the steps that are run both ways in turn; serially at first task by task, to know what each costs."""
         concurrent = trial.concurrent()
         started = time.perf_counter()
@@ -98,7 +99,7 @@ class ThreadedExecutor(SerialExecutor):
                 costs.append(time.perf_counter() - begun)
             self.prioritise([statistics.median(costs) for costs in trial.costs], perturbed=step.given.perturbed)
         else:
-            super().execute(step, self.plan if step.given.perturbed else self.clean_plan)
+            super().execute(step, plan)
         trial.tell(concurrent, time.perf_counter() - started)
 
     def prioritise(self, costs: Sequence[float], *, perturbed: bool) -> None:
@@ -222,7 +223,7 @@ def _one_at_a_time(loss: Callable[[list[Any], int, int], Tensor]) -> Callable[[l
 def _of_this_thread() -> bool:
     """Whether something is switched on in this thread that others would not see."""
     modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
-    return modes > 0 or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return modes > 0 or bool(autocasting())
 
 
 @contextmanager

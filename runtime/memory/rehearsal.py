@@ -19,12 +19,11 @@ from torch.utils import _pytree as pytree
 from ...compiler.cost import with_samples
 from ...compiler.program import CompiledModel, binding_key
 from ...passes.graph import Role, placeholders
-from ...passes.separate_outputs import error_like
 from ..execution.bindings import Environment
 from ..execution.executor import SerialExecutor
 from ..execution.fusion import Fused
 from ..execution.step import HANDLERS, Step, StepInput
-from ..feedback import initial_state
+from ..feedback import untaught
 from ..linearity import response
 from ..plan import Action, Error, Forward, Gradient, Learn, Perturb
 from .live import LiveBytes
@@ -216,12 +215,8 @@ class _Rehearsal:
         learned = estimator.feedback == "learned"
         feedback = None
         if learned:
-            val = error_like(compiled.graph.graph)
-            sites = [compiled.sites[index] for run in compiled.runs for index in run.sites]
-            like = torch.empty(0, dtype=val.dtype, device=val.device)
-            feedback = initial_state(sites, int(val.shape[1]), like, compiled.rank)
-            leaves += [*feedback.jacobians.values()]
-            leaves += [feedback.basis.directions, feedback.basis.strengths] if feedback.basis is not None else []
+            feedback = untaught(compiled)
+            leaves += feedback.tensors()
         self.live.ignore(*leaves, environment["runtime:key"], environment["runtime:sigmas"])
         error = self._output_gradient if learned else None
         return StepInput(environment, self._loss, self.samples, device, None, feedback, error)  # type: ignore[arg-type]

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from ...passes import graph
-from ...passes import ops as _declarations  # noqa: F401  (declares what is implemented here)
 from ...passes.errors import OptionError, unknown_name
+from ...passes.ops import clean_shape
 from ...passes.tie_blocks import grid
 from . import cpu_kernels as _compiled  # noqa: F401  (registers what Numba compiles)
 from . import source as noise_source
 from .blocks import spread
 from .distributions import MODEL_DISTRIBUTIONS, UNIFORM, noise_named
 from .philox import Key, Purpose
-from .source import NUMPY_DTYPES, Layout, Run, Source, Tile, copy_runs, layout_of, runs_within
+from .source import NUMPY_DTYPES, Layout, Run, Source, Tile, capture_draws, copy_runs, layout_of, runs_within
 
 
 def _check_copies(num_copies: int, dim: int) -> None:
@@ -179,7 +179,7 @@ def weighted_noise_sum(
     if dim < 0:
         wide = wide.sum(1, keepdim=True)
     wide = of_draws(wide, len(distinct), runs)
-    result = torch.zeros(_clean_shape(sizes, dim, weights.shape[1]), dtype=dtype, device=weights.device)
+    result = torch.zeros(clean_shape(sizes, dim, weights.shape[1]), dtype=dtype, device=weights.device)
     xp, total, factors = _arrays(source.use_numpy, result.view(layout), wide)
     for i, j, part, numbers in source.pieces(layout):
         values = numbers if scored is None else scored(numbers)
@@ -227,7 +227,7 @@ def weighted_noise(
         signed = signed.clone()
         for run in runs:
             signed[run.copy : run.copy + run.stop - run.start] *= run.sign
-    shape = _clean_shape(sizes, dim, weights.shape[1])
+    shape = clean_shape(sizes, dim, weights.shape[1])
     if dim >= 0:
         shape[dim] *= num_copies
     result = torch.empty(shape, dtype=weights.dtype, device=weights.device)
@@ -295,7 +295,7 @@ def stochastic_sign(
     _check_copies(num_copies, dim)
     layout = layout_of(sizes, dim, outer, x.shape[dim] // (sizes[dim] * num_copies) if dim >= 0 else 1)
     wide = x.dtype if x.dtype in NUMPY_DTYPES else torch.float32
-    draws = [2 * copy if copy >= 0 else 2 * ~copy + 1 for copy in copies.tolist()]
+    draws = capture_draws(copies.tolist())
     source = Source(UNIFORM, draws, key_of(key, site, Purpose.STOCHASTIC_CAPTURE), wide, x.device)
     full = (layout.rows, num_copies, layout.samples, layout.inner)
     result = torch.empty(x.shape, dtype=wide, device=x.device)
@@ -307,13 +307,6 @@ def stochastic_sign(
         kept = numbers.swapaxes(0, 1) * scales[part] < abs(values[part])
         xp.multiply(xp.sign(values[part]), kept, out=destination[part])
     return result.to(x.dtype)
-
-
-def _clean_shape(sizes: Sequence[int], dim: int, samples: int) -> list[int]:
-    shape = list(sizes)
-    if dim >= 0:
-        shape[dim] *= samples
-    return shape
 
 
 for _function in (perturb, tile, weighted_noise_sum, weighted_noise, keyed_random, stochastic_sign):

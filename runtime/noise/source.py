@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -132,6 +133,22 @@ def copy_runs(copies: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[Run, ...]
         else:
             runs.append(Run(position, position + 1, copy, sign))
     return tuple(positions), tuple(runs)
+
+
+@lru_cache(maxsize=256)
+def carriers(copies: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
+    """Tables for loops over draws: the distinct draws of copy ids (D), where each one's carriers start (D + 1), and the
+    carriers (K): twice the number of a copy, plus one for a twin."""
+    carried: dict[int, list[int]] = {}
+    for copy, identity in enumerate(copies):
+        carried.setdefault(identity if identity >= 0 else ~identity, []).append(2 * copy + (identity < 0))
+    starts = accumulate((len(each) for each in carried.values()), initial=0)
+    return list(carried), list(starts), [carrier for each in carried.values() for carrier in each]
+
+
+def capture_draws(copies: Sequence[int]) -> list[int]:
+    """The draws of stochastic captures: a copy and its twin use separate random numbers."""
+    return [2 * copy if copy >= 0 else 2 * ~copy + 1 for copy in copies]
 
 
 def runs_within(runs: Sequence[Run], i: int, j: int) -> Iterator[tuple[slice, slice, int]]:

@@ -15,7 +15,6 @@ the first weights have moved, which ``at once`` could only undo with a copy of w
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ import torch
 from torch import nn
 
 from ...compiler.program import CompiledModel, input_keys
-from ..plan import Action, Error, Forward, Gradient, Learn, Perturb
+from ..plan import Forward, Gradient, Learn, keys_read
 from .bounds import simulate
 from .tasks import Task
 
@@ -56,7 +55,7 @@ def make_pipeline(compiled: CompiledModel, tasks: Sequence[Task], rule: str, ste
         rule: one of `RULES`.
     """
     assert rule in RULES, rule
-    reads = [set(_reads(compiled, task.action)) for task in tasks]
+    reads = [set(keys_read(compiled, task.action)) for task in tasks]
     parameters = parameters_in_order(compiled)
     gradients = {name: _summed(compiled, tasks, name) for name in parameters}
     learns = [position for position, task in enumerate(tasks) if isinstance(task.action, Learn)]
@@ -112,7 +111,7 @@ def measured_updates(compiled: CompiledModel, model: nn.Module) -> list[float]:
     """Seconds of Adam's step for each parameter alone, in the order of the forward; the model stays as it is."""
     taken = []
     for name in parameters_in_order(compiled):
-        parameter = nn.Parameter(copy.deepcopy(model.get_parameter(name).detach()))
+        parameter = nn.Parameter(model.get_parameter(name).detach().clone())
         parameter.grad = torch.ones_like(parameter)
         optimizer = torch.optim.Adam([parameter])
         seconds = []
@@ -122,19 +121,6 @@ def measured_updates(compiled: CompiledModel, model: nn.Module) -> list[float]:
             seconds.append(time.perf_counter() - started)
         taken.append(statistics.median(seconds))
     return taken
-
-
-def _reads(compiled: CompiledModel, action: Action) -> list[str]:
-    """What a task's graph reads."""
-    match action:
-        case Forward(stage):
-            return input_keys(compiled.stages[stage])
-        case Perturb(run, _, _):
-            return input_keys(compiled.runs[run].module)
-        case Gradient(site, _):
-            return next(input_keys(g.module) for g in compiled.gradients if g.site.index == site)
-        case Error() | Learn():
-            return []
 
 
 def _readers(reads: Sequence[set[str]], parameter: str) -> set[int]:

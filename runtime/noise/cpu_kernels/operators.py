@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ....passes import ops
 from ..operators import scale_of
 from ..philox import MASK, MAX_SITES, Purpose
-from ..source import Layout, layout_of
+from ..source import Layout, capture_draws, carriers, layout_of
 from . import compiled
 
 Array = np.ndarray[Any, Any]
@@ -33,14 +33,9 @@ def words_of(key: Tensor, site: int, purpose: Purpose) -> tuple[int, int, int, i
 
 @lru_cache(maxsize=256)
 def carriers_of(copies: tuple[int, ...]) -> tuple[Array, Array, Array]:
-    """Int64 tables for copy ids: the distinct draws, as words (D,), where each one's carriers start (D + 1,), and the
-    carriers (K,): twice the number of a copy, plus one for a twin."""
-    carried: dict[int, list[int]] = {}
-    for copy, identity in enumerate(copies):
-        carried.setdefault(identity if identity >= 0 else ~identity, []).append(2 * copy + (identity < 0))
-    starts = accumulate((len(each) for each in carried.values()), initial=0)
-    carriers = [carrier for each in carried.values() for carrier in each]
-    return _table(draw & MASK for draw in carried), _table(starts), _table(carriers)
+    """`carriers` as int64 tables, the draws as words."""
+    draws, starts, carried = carriers(copies)
+    return _table(draw & MASK for draw in draws), _table(starts), _table(carried)
 
 
 def _table(values: Any) -> Array:
@@ -99,7 +94,7 @@ def weighted_noise_sum(
 ) -> Tensor:  # fmt: skip
     """`runtime.noise.operators.weighted_noise_sum`."""
     factors, layout = _weights_and_layout(weights, sizes, dim, outer)
-    result = torch.empty(_shape(sizes, dim, layout.samples), dtype=weights.dtype)
+    result = torch.empty(ops.clean_shape(sizes, dim, layout.samples), dtype=weights.dtype)
     compiled.weighted_noise_sum(
         factors, _flat(result), *layout, compiled.CODES[noise], score == "sign",
         *carriers_of(tuple(draws.tolist())), *words_of(key, site, Purpose.NOISE),
@@ -114,16 +109,12 @@ def weighted_noise(
     """`runtime.noise.operators.weighted_noise`."""
     factors, layout = _weights_and_layout(weights, sizes, dim, outer)
     num_copies = len(copies)
-    result = torch.empty(_shape(sizes, dim, layout.samples * num_copies), dtype=weights.dtype)
+    result = torch.empty(ops.clean_shape(sizes, dim, layout.samples * num_copies), dtype=weights.dtype)
     compiled.weighted_noise(
         factors, _flat(result), *layout, num_copies, compiled.CODES[noise], score == "sign",
         *carriers_of(tuple(copies.tolist())), *words_of(key, site, Purpose.NOISE),
     )  # fmt: skip
     return result
-
-
-def _shape(sizes: Sequence[int], dim: int, samples: int) -> list[int]:
-    return [extent * samples if axis == dim else extent for axis, extent in enumerate(sizes)]
 
 
 def stochastic_sign(
@@ -140,7 +131,7 @@ def stochastic_sign(
         values, inner = scale, behind  # one a sample, say
     else:
         values, inner = scale.expand_as(x), 1
-    draws = _table((2 * copy if copy >= 0 else 2 * ~copy + 1) & MASK for copy in copies.tolist())
+    draws = _table(draw & MASK for draw in capture_draws(copies.tolist()))
     compiled.stochastic_sign(
         flat(x), flat(values.to(x.dtype)), inner, _flat(result), layout.rows, layout.samples * layout.inner,
         draws, *words_of(key, site, Purpose.STOCHASTIC_CAPTURE),

@@ -10,17 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ....passes.ops import clean_shape
 from ..distributions import NOISES
-from ..operators import of_draws
+from ..operators import key_of, of_draws
 from ..philox import MASK, Purpose
-from ..source import Layout, Run, copy_runs, layout_of
+from ..source import Layout, Run, capture_draws, carriers, copy_runs, layout_of
 from .numbers import EXACT, numbers, read, rounded, scored, sign, write
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -179,10 +179,9 @@ def weighted_noise(
     """`runtime.noise.operators.weighted_noise`, bit for bit."""
     factors = weights if dim >= 0 else weights.sum(1, keepdim=True)
     layout, num_copies = layout_of(sizes, dim, outer, factors.shape[1]), copies.shape[0]
-    shape = list(sizes)
-    if dim >= 0:
-        shape[dim] *= layout.samples * num_copies
-    result = torch.empty(shape, dtype=weights.dtype, device=weights.device)
+    result = torch.empty(
+        clean_shape(sizes, dim, layout.samples * num_copies), dtype=weights.dtype, device=weights.device
+    )
     num_draws, tables = _carriers(copies, weights.device)
     total = math.prod(layout)
     weighted_noise_kernel[triton.cdiv(total, TILE), num_draws](
@@ -208,10 +207,7 @@ def weighted_noise_sum(
     distinct, runs = copy_runs(tuple(draws.tolist()))
     factors = _factors(weights.to(torch.float32), dim, len(distinct), runs)
     layout = layout_of(sizes, dim, outer, factors.shape[1])
-    shape = list(sizes)
-    if dim >= 0:
-        shape[dim] *= layout.samples
-    result = torch.empty(shape, dtype=weights.dtype, device=weights.device)
+    result = torch.empty(clean_shape(sizes, dim, layout.samples), dtype=weights.dtype, device=weights.device)
     total = math.prod(layout)
     weighted_noise_sum_kernel[(triton.cdiv(total, SUM_TILE),)](
         factors, bits(result), words_on(distinct, weights.device), len(distinct), total, layout.inner, layout.samples,
@@ -238,7 +234,7 @@ def stochastic_sign(
         values, inner = scale.contiguous(), math.prod(x.shape[dim + 1 :])  # one for all, or one a sample
     else:
         values, inner = scale.expand_as(x).contiguous(), 1
-    draws = [2 * copy if copy >= 0 else 2 * ~copy + 1 for copy in copies.tolist()]
+    draws = capture_draws(copies.tolist())
     total = math.prod(layout)
     stochastic_sign_kernel[triton.cdiv(total, TILE), len(draws)](
         bits(x), bits(values), bits(result), words_on(draws, x.device), total, layout.samples * layout.inner,
@@ -257,8 +253,8 @@ def bits(x: Tensor) -> Tensor:
 def key_words(key: Tensor, site: int, purpose: Purpose) -> tuple[int, int, int]:
     """``site_word, step, seed`` of `philox.Key`, the first two as signed 32-bit numbers, which is how Triton takes all
     values alike."""
-    seed, step = key.tolist()
-    return _signed(site | purpose << 24), _signed(step), seed
+    known = key_of(key, site, purpose)
+    return _signed(known.site_word), _signed(known.step), known.seed
 
 
 def _factors(weights: Tensor, dim: int, num_draws: int, runs: Sequence[Run]) -> Tensor:
@@ -268,14 +264,10 @@ def _factors(weights: Tensor, dim: int, num_draws: int, runs: Sequence[Run]) -> 
 
 
 def _carriers(copies: Tensor, device: torch.device) -> tuple[int, tuple[Tensor, Tensor, Tensor]]:
-    """The number of distinct draws, and int32 tables: the draws (D,), where each one's carriers start (D + 1,), and the
-    carriers (K,): twice the number of a copy, plus one for the antithetic twin."""
-    carried: dict[int, list[int]] = {}
-    for copy, identity in enumerate(copies.tolist()):
-        carried.setdefault(identity if identity >= 0 else ~identity, []).append(2 * copy + (identity < 0))
-    starts = accumulate((len(each) for each in carried.values()), initial=0)
-    table = words_on([*carried, *starts, *(carrier for each in carried.values() for carrier in each)], device)
-    count = len(carried)
+    """The number of distinct draws, and `carriers` as int32 tables."""
+    draws, starts, carried = carriers(tuple(copies.tolist()))
+    table = words_on([*draws, *starts, *carried], device)
+    count = len(draws)
     return count, (table[:count], table[count : 2 * count + 1], table[2 * count + 1 :])
 
 
