@@ -35,10 +35,10 @@ format: $(dev)  ## mend what can be mended by itself
 types: $(dev)  ## check types
 	@rm -rf build/types/onward build/types/tests
 	@mkdir -p build/types/onward
-	@ln -s "$(CURDIR)"/onward/*[!_] "$(CURDIR)"/{compiler,passes,runtime,models} build/types/onward/
+	@ln -s "$(CURDIR)"/onward/*[!_] "$(CURDIR)"/{compiler,passes,runtime,models,evidence} build/types/onward/
 	@ln -s "$(CURDIR)/tests" build/types/
 	@set -o pipefail; cd build/types && MYPYPATH="$(CURDIR)/tests" "$(CURDIR)/$(bin)/mypy" -p onward -p tests \
-	  | sed -E 's#^onward/(compiler|passes|runtime|models)/#\1/#'
+	  | sed -E 's#^onward/(compiler|passes|runtime|models|evidence)/#\1/#'
 
 check: lint types test  ## everything that has to pass
 

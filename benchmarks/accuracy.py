@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import describe, machine
 from rich.console import Console
 from rich.table import Table
 
 from onward import LikelihoodRatio, models
 from onward import compile as compile_program
-from onward.cli.backpropagation import Backpropagation
 from onward.cli.recipes import recipe_for
 from onward.cli.train import Outcome, Training, run
+from onward.evidence.baselines.backpropagation import Backpropagation
+from onward.evidence.provenance import describe, machine
 
 
 @dataclass(frozen=True)

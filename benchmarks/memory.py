@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import describe, machine, peak_memory
+from common import peak_memory
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from onward import LikelihoodRatio, Program, models
 from onward import compile as compile_program
+from onward.evidence.provenance import describe, machine
 from onward.runtime.memory.rehearsal import MemoryPlan, rehearse
 
 
@@ -61,6 +62,7 @@ CAPTURES: dict[str, dict[str, str]] = {
     "exact": {},
     "sign": {"capture": "sign"},
     "stochastic": {"capture": "stochastic"},
+    "stochastic-4": {"capture": "stochastic-4"},
     "clean": {"placement": "alive"},
 }
 """What is kept of activations, by name: of every copy exactly, or as one bit; or the clean run's for all copies."""

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CLOCKS, Clock, Spread, describe, interleave, machine
+from common import CLOCKS, Clock, Spread, interleave
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from onward.evidence.provenance import describe, machine
 from onward.passes import ops
 from onward.runtime.noise import cpu_kernels
 from onward.runtime.noise import operators as definitions

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import CLOCKS, Clock, Spread, Stopwatch, describe, interleave, machine, peak_memory, synchronize
+from common import CLOCKS, Clock, Spread, Stopwatch, interleave, peak_memory, synchronize
 from naive import NaiveLikelihoodRatio
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from onward import LikelihoodRatio, Program, models
 from onward import compile as compile_program
+from onward.evidence.provenance import describe, machine
 from onward.passes import ops
 from onward.runtime.plan import Forward
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import CLOCKS, Spread, describe, interleave, machine
+from common import CLOCKS, Spread, interleave
 from naive import NaiveLikelihoodRatio
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from onward import LikelihoodRatio, Program, models
 from onward import compile as compile_program
+from onward.evidence.provenance import describe, machine
 from onward.runtime.execution.executor import SerialExecutor
 from onward.runtime.execution.stream_plan import format_stream_plan
 from onward.runtime.execution.streams import StreamedExecutor

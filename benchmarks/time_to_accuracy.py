@@ -23,15 +23,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accuracy import CASES
-from common import Stopwatch, describe, machine
+from common import Stopwatch
 from rich.console import Console
 from rich.table import Table
 
 from onward import LikelihoodRatio, Program, models
 from onward import compile as compile_program
-from onward.cli.backpropagation import Backpropagation
 from onward.cli.recipes import recipe_for
 from onward.cli.train import Training, make_optimizer
+from onward.evidence.baselines.backpropagation import Backpropagation
+from onward.evidence.provenance import describe, machine
 from onward.models.data import loaders
 from onward.runtime.training.evaluation import accuracy, evaluate
 from onward.runtime.training.update import update

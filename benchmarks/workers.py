@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import CLOCKS, Spread, describe, interleave, machine
+from common import CLOCKS, Spread, interleave
 from naive import NaiveLikelihoodRatio
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from onward import LikelihoodRatio, Program, models
 from onward import compile as compile_program
+from onward.evidence.provenance import describe, machine
 from onward.runtime.execution.threads import ThreadedExecutor
 from onward.runtime.schedule.bounds import lower_bound
 from onward.runtime.schedule.costs import measured_costs

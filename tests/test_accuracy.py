@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import onward
-from onward.cli.backpropagation import Backpropagation
 from onward.cli.recipes import recipe_for
 from onward.cli.train import Training, run
+from onward.evidence.baselines.backpropagation import Backpropagation
 
 SEEDS = (0, 1, 2)
 

@@ -17,6 +17,7 @@ FOLDERS = {
     "passes": "onward/passes",
     "runtime": "onward/runtime",
     "models": "onward/models",
+    "evidence": "onward/evidence",
 }
 
 

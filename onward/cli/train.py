@@ -21,6 +21,7 @@ from ..api import compile as compile_program
 from ..compiler.columns import quantity
 from ..compiler.files import check_writable, write_whole
 from ..compiler.report_text import describe_estimator
+from ..evidence.baselines.backpropagation import Backpropagation
 from ..models import Dataset, loaders
 from ..passes.errors import OptionError, unknown_name
 from ..runtime.training.history import History
@@ -28,7 +29,6 @@ from ..runtime.training.metrics import jsonable
 from ..runtime.training.trainable import TrainableProgram
 from ..runtime.training.trainer import Trainer
 from ..runtime.versions import versions as software_versions
-from .backpropagation import Backpropagation
 from .common import Setup, set_up, settings_of, to_json
 from .options import MODEL_HELP, Common, with_common
 
