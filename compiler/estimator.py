@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from ..passes.errors import OptionError, unknown_name
+from ..passes.ops import LEVEL_BITS
 
 Value = TypeVar("Value")
 
 NOISES = ("gaussian", "laplace", "rademacher")
 SCORES = ("exact", "sign")
-CAPTURES = ("exact", "sign", "stochastic")
+CAPTURES = ("exact", "sign", "stochastic", *LEVEL_BITS)
 CREDITS = ("sample", "batch")
 PLACEMENTS = ("operation", "alive", "narrow")
 FEEDBACKS = ("none", "learned")
@@ -32,7 +33,8 @@ class LikelihoodRatio:
             Gaussian noise the sign needs π/2 times the copies and is right to first order in σ only (a bias of order
             σ²); for Laplace and Rademacher noise the two are the same.
         capture: what a gradient subgraph keeps of an activation. ``"exact"``; ``"sign"``, one bit and **biased**: the
-            magnitude is gone and more copies do not bring it back; ``"stochastic"``, the same bits and unbiased.
+            magnitude is gone and more copies do not bring it back; ``"stochastic"``, the same bits and unbiased;
+            ``"stochastic-2"``, ``"stochastic-4"``, ``"stochastic-8"``, so many bits, unbiased and with less noise.
         groups: ``"joint"`` perturbs all sites in one run, ``"layerwise"`` one site at a time behind a shared clean
             prefix; or a partition of the sites, a sequence of sequences of site names (``*`` and ``?`` match).
         copies: perturbed copies of the batch a group and step; with `antithetic` they are ``copies / 2`` pairs. One

@@ -2,7 +2,7 @@
 
 In front of the vjp go
 
-1. ``unpack_signs`` (and the scale) for every encoded capture,
+1. ``unpack_signs`` or ``unpack_levels`` (and the scale) for every encoded capture,
 2. the cotangent at the noise point, from one of
    - ``"noise"``: the losses' ``weights`` and regenerated noise. ``weighted_noise_sum`` where the captures are the clean
      run's and all copies share one vjp (method.md 5), ``weighted_noise`` where every copy has its own captures (1);
@@ -220,18 +220,26 @@ def _decoded(graph: fx.Graph, packed: fx.Node, capture: Capture, node: fx.Node) 
     assert layout is not None
     val = node.meta["val"]
     samples = val.shape[layout.dim] if layout.batched else 1
-    planes, row_bytes = ops.DOMAINS[capture.domain], (layout.elements + 7) // 8
-    packed.meta["val"] = val.new_empty((planes, samples, row_bytes), dtype=torch.uint8)
-    signs = graph.call_function(ops.unpack_signs, (packed, capture.domain, list(layout.sizes), layout.dim, val.dtype))
-    signs.meta["val"] = val
-    if capture.encoding != "stochastic":
-        return signs
+    sizes, bits = (list(layout.sizes), layout.dim, val.dtype), capture.level_bits
+    if bits is None:
+        planes, row_bytes = ops.DOMAINS[capture.domain], ops.row_bytes(layout.elements, 1)
+        packed.meta["val"] = val.new_empty((planes, samples, row_bytes), dtype=torch.uint8)
+        decoded = graph.call_function(ops.unpack_signs, (packed, capture.domain, *sizes))
+    else:
+        packed.meta["val"] = val.new_empty((samples, ops.row_bytes(layout.elements, bits)), dtype=torch.uint8)
+        decoded = graph.call_function(ops.unpack_levels, (packed, capture.domain, bits, *sizes))
+    decoded.meta["val"] = val
+    if capture.encoding == "sign":
+        return decoded
     with graph.inserting_after(packed):
         scale = graph.placeholder(f"{packed.name}_scale")
     extents = [extent if dim == layout.dim else 1 for dim, extent in enumerate(val.shape)]
     scale.meta.update(role=Role.VALUE, target=capture.scale, capture=capture.encoding, kind=Kind.ACTIVATION)
     scale.meta["val"] = val.new_empty(extents)
-    scaled = graph.call_function(_aten.mul.Tensor, (signs, scale))
+    if bits is not None:
+        decoded = graph.call_function(_aten.div.Tensor, (decoded, ops.num_levels(capture.domain, bits)))
+        decoded.meta["val"] = val
+    scaled = graph.call_function(_aten.mul.Tensor, (decoded, scale))
     scaled.meta["val"] = val
     return scaled
 

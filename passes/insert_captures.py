@@ -6,6 +6,9 @@ For each site and each activation its vjp reads, by the estimator's ``capture``:
 - ``"sign"``: ``pack_signs(x)``, one or two bits an element by the sign domain. Biased: the magnitude is gone.
 - ``"stochastic"``: ``scale = max |x|`` of the sample, ``pack_signs(stochastic_sign(x, scale))``: the same bits,
   unbiased.
+- ``"stochastic-2"``, ``-4``, ``-8``: ``|x|`` rounded up or down to one of the levels that so many bits have between 0
+  and the scale, at random and unbiased. Two bits of a signed activation are ``"stochastic"``, and so is any number of
+  an activation that is ±1.
 
 Sites whose rule does not allow an encoding, or that multiply two activations, are captured exactly; of a norm layer the
 normalised activation is captured where signs are asked for, and of batch normalisation by the batch's statistics
@@ -54,7 +57,7 @@ class Capture:
     source: str
     """The node that is captured."""
     encoding: str
-    """``"exact"``, ``"sign"`` or ``"stochastic"``."""
+    """``"exact"``, ``"sign"``, ``"stochastic"``, or by levels (`ops.LEVEL_BITS`)."""
     domain: str
     """Sign domain (`ops.DOMAINS`)."""
     layout: Layout | None
@@ -66,6 +69,11 @@ class Capture:
     @property
     def name(self) -> str:
         return self.source if self.encoding == "exact" else f"{self.source}.{self.encoding}"
+
+    @property
+    def level_bits(self) -> int | None:
+        """Bits an element of a capture by levels."""
+        return ops.LEVEL_BITS.get(self.encoding)
 
     @property
     def scale(self) -> str:
@@ -121,10 +129,14 @@ def _describe(site: Site, operand: str, source: fx.Node, nodes: dict[str, fx.Nod
     layout: Layout | None = source.meta.get("layout")
     encoding = capture if encodable and is_floating(source) and layout is not None else "exact"
     domain = source.meta.get("sign_domain", "signed")
+    bits = ops.LEVEL_BITS.get(encoding)
+    if bits is not None and (domain == "binary" or ops.num_levels(domain, bits) == 1):
+        encoding, bits = "stochastic", None
     val = source.meta["val"]
     elements = layout.elements if layout is not None else 0
     exact = elements * val.element_size()
-    packed = ops.DOMAINS[domain] * ((elements + 7) // 8) + (4 if encoding == "stochastic" else 0)
+    packed = ops.DOMAINS[domain] * ops.row_bytes(elements, 1) if bits is None else ops.row_bytes(elements, bits)
+    packed += 0 if encoding == "sign" else 4
     return Capture(operand, source.name, encoding, domain, layout, exact, exact if encoding == "exact" else packed)
 
 
@@ -157,13 +169,25 @@ def _encode(module: fx.GraphModule, site: Site, one: Capture, source: fx.Node) -
         anchor.meta.update(kind=Kind.ACTIVATION, capture=one.name)
         return anchor
 
-    signs = source
-    if one.encoding == "stochastic":
-        others = [dim for dim in range(len(layout.sizes)) if dim != layout.dim]
-        magnitude = call(_aten.abs.default, source)
-        scale = call(_aten.amax.default, magnitude, others, True) if others else magnitude
-        sizes = (list(layout.sizes), layout.dim, layout.outer)
-        signs = call(ops.stochastic_sign, source, scale, copies, key, site.index, *sizes)
-        items.append((Output("capture", one.scale), scale))
-    items.append((Output("capture", one.name), call(ops.pack_signs, signs, one.domain, layout.dim)))
+    if one.encoding == "sign":
+        items.append((Output("capture", one.name), call(ops.pack_signs, source, one.domain, layout.dim)))
+        return items
+    others = [dim for dim in range(len(layout.sizes)) if dim != layout.dim]
+    magnitude = call(_aten.abs.default, source)
+    scale = call(_aten.amax.default, magnitude, others, True) if others else magnitude
+    drawn = (copies, key, site.index, list(layout.sizes), layout.dim, layout.outer)
+    if one.level_bits is None:
+        signs = call(ops.stochastic_sign, source, scale, *drawn)
+        packed = call(ops.pack_signs, signs, one.domain, layout.dim)
+    else:
+        wide = torch.promote_types(source.meta["val"].dtype, torch.float32)  # in half precision a fraction is lost
+        scale = call(_aten.clamp_min.default, scale, torch.finfo(source.meta["val"].dtype).tiny)
+        share = call(_aten.div.Tensor, call(_aten.to.dtype, source, wide), call(_aten.to.dtype, scale, wide))
+        whole = call(_aten.mul.Tensor, share, ops.num_levels(one.domain, one.level_bits))
+        below = call(_aten.trunc.default, whole)
+        rest = call(_aten.sub.Tensor, whole, below)
+        up = call(ops.stochastic_sign, rest, call(_aten.ones_like.default, scale), *drawn)
+        level = call(_aten.add.Tensor, below, up)
+        packed = call(ops.pack_levels, level, one.domain, one.level_bits, layout.dim)
+    items += [(Output("capture", one.scale), scale), (Output("capture", one.name), packed)]
     return items

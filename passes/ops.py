@@ -67,11 +67,28 @@ for _schema in (
     "pack_signs(Tensor x, str domain, int dim) -> Tensor",
     # The inverse: values -1, 0, +1 of `dtype`; B is the extent of `dim`, whatever sizes[dim] says.
     "unpack_signs(Tensor packed, str domain, int[] sizes, int dim, ScalarType dtype) -> Tensor",
+    # Levels of 2, 4 or 8 bits, samples first: uint8 (B, ceil(elements a sample * bits / 8)). See `num_levels`.
+    "pack_levels(Tensor x, str domain, int bits, int dim) -> Tensor",
+    # The inverse: whole numbers of `dtype`; B is the extent of `dim`, whatever sizes[dim] says.
+    "unpack_levels(Tensor packed, str domain, int bits, int[] sizes, int dim, ScalarType dtype) -> Tensor",
 ):
     _library.define(_schema, tags=_TAGS)
 
 DOMAINS = {"binary": 1, "nonnegative": 1, "signed": 2}
 """Sign domains and the bits an element takes: binary is ±1, nonnegative is 0 or +, signed is -, 0 or +."""
+
+LEVEL_BITS = {"stochastic-2": 2, "stochastic-4": 4, "stochastic-8": 8}
+"""Captures by levels, and the bits an element takes."""
+
+
+def num_levels(domain: str, bits: int) -> int:
+    """The largest level of so many bits: of a signed value one bit is the sign's."""
+    return 2**bits - 1 if domain == "nonnegative" else 2 ** (bits - 1) - 1
+
+
+def row_bytes(elements: int, bits: int) -> int:
+    """Bytes of a sample's packed elements."""
+    return (elements * bits + 7) // 8
 
 
 def _tiled_shape(shape: list[int] | torch.Size, copies: Tensor, dim: int) -> list[int]:
@@ -145,7 +162,7 @@ def _(x, scale, copies, key, site, sizes, dim, outer):  # type: ignore[no-untype
 def _(x, domain, dim):  # type: ignore[no-untyped-def]
     samples = x.shape[dim] if dim >= 0 else 1
     elements = x.numel() // samples
-    return x.new_empty((DOMAINS[domain], samples, (elements + 7) // 8), dtype=torch.uint8)
+    return x.new_empty((DOMAINS[domain], samples, row_bytes(elements, 1)), dtype=torch.uint8)
 
 
 @torch.library.register_fake("onward::unpack_signs")
@@ -153,6 +170,20 @@ def _(packed, domain, sizes, dim, dtype):  # type: ignore[no-untyped-def]
     shape = list(sizes)
     if dim >= 0:
         shape[dim] = packed.shape[1]
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("onward::pack_levels")
+def _(x, domain, bits, dim):  # type: ignore[no-untyped-def]
+    samples = x.shape[dim] if dim >= 0 else 1
+    return x.new_empty((samples, row_bytes(x.numel() // samples, bits)), dtype=torch.uint8)
+
+
+@torch.library.register_fake("onward::unpack_levels")
+def _(packed, domain, bits, sizes, dim, dtype):  # type: ignore[no-untyped-def]
+    shape = list(sizes)
+    if dim >= 0:
+        shape[dim] = packed.shape[0]
     return packed.new_empty(shape, dtype=dtype)
 
 
@@ -168,6 +199,8 @@ keyed_random = torch.ops.onward.keyed_random.default
 stochastic_sign = torch.ops.onward.stochastic_sign.default
 pack_signs = torch.ops.onward.pack_signs.default
 unpack_signs = torch.ops.onward.unpack_signs.default
+pack_levels = torch.ops.onward.pack_levels.default
+unpack_levels = torch.ops.onward.unpack_levels.default
 
 PERTURBING = (perturb, perturb_weight)
 """The operators that add noise to a value."""

@@ -84,6 +84,7 @@ CASES: dict[str, tuple[Any, Ratio]] = {
     "joint, a copy's own captures, in chunks": (mlp, Ratio(groups="joint", copies=6, chunk=2)),
     "the paper's": (mlp, Ratio.alr(copies=4, chunk=2)),
     "stochastic": (mlp, Ratio(capture="stochastic", groups="joint", copies=4)),
+    "levels": (mlp, Ratio(capture="stochastic-4", groups="joint", copies=4, chunk=2)),
     "one copy at a time": (Normalised, Ratio(copies=4, credit="batch")),
     "corrected": (mlp, Ratio.feedback_learned(correction="full", copies=4, warmup=0)),
     "shrunk": (mlp, Ratio.feedback_learned(correction="shrunk", copies=4, warmup=0)),

@@ -53,6 +53,7 @@ COMPILED: dict[str, tuple[str, str, str, str]] = {
     "joint-exact": ("joint", "exact", "gaussian", "exact"),
     "joint-sign": ("joint", "sign", "gaussian", "sign"),  # the paper's
     "joint-stochastic": ("joint", "stochastic", "laplace", "exact"),
+    "joint-stochastic-4": ("joint", "stochastic-4", "gaussian", "exact"),
     "layerwise-exact": ("layerwise", "exact", "laplace", "sign"),
     "layerwise-sign": ("layerwise", "sign", "rademacher", "exact"),
     "layerwise-stochastic": ("layerwise", "stochastic", "rademacher", "sign"),
@@ -133,7 +134,7 @@ class Hand:
         return z + sigma * noise if site in self.group else z
 
     def _encoded(self, x: Tensor, index: int, dim: int) -> Tensor:
-        """DESIGN (2) and (3): the sign, or the sign with probability |x| / m times m."""
+        """DESIGN (2) and (3): the sign, or the sign with probability |x| / m times m; or |x| / m rounded to levels."""
         if self.estimator.capture == "exact":
             return x
         if self.estimator.capture == "sign":
@@ -142,8 +143,13 @@ class Hand:
         scale = x.abs().amax(others, keepdim=True)
         sizes = [1 if d == dim else extent for d, extent in enumerate(x.shape)]
         # captured in the clean run unless the group's own noise changes it: `estimate` sees to that
-        signs: Tensor = ops.stochastic_sign(x, scale, torch.tensor([self.copy]), self.key, index, sizes, dim, 1)
-        return scale * signs
+        drawn = (torch.tensor([self.copy]), self.key, index, sizes, dim, 1)
+        if self.estimator.capture == "stochastic":
+            return scale * ops.stochastic_sign(x, scale, *drawn)
+        levels = 7  # four bits, one of them the sign's
+        scaled = x / scale * levels
+        rounded = scaled.trunc() + ops.stochastic_sign(scaled.frac(), torch.ones_like(scale), *drawn)
+        return rounded / levels * scale
 
 
 def estimate(case: OperationCase, model: nn.Module, x: Tensor, target: Tensor, estimator: LikelihoodRatio) -> Gradients:

@@ -482,8 +482,10 @@ def test_more_copies_do_not_bring_the_magnitude_back() -> None:
     assert means["exact", 1024] < floor / 10
 
 
-@pytest.mark.parametrize("groups", ["joint", "layerwise"])
-def test_stochastic_capture_is_unbiased(groups: str) -> None:
+@pytest.mark.parametrize(
+    ("groups", "capture"), [("joint", "stochastic"), ("layerwise", "stochastic"), ("joint", "stochastic-2")]
+)
+def test_stochastic_capture_is_unbiased(groups: str, capture: str) -> None:
     """Every sign vector each step, so that the captures' rounding is the only randomness; the mean over steps.
 
     Jointly the second layer's activations are the copies' own and rounded copy by copy; everywhere else they are the
@@ -496,7 +498,7 @@ def test_stochastic_capture_is_unbiased(groups: str) -> None:
         settings = {"groups": groups, "copies": 2**bits, "sigma": sigmas}
         exactly = onward.compile(model, (x,), loss=half_square, estimator=LikelihoodRatio(**settings))
         expected = step_gradients(exactly, x, target)
-        estimator = LikelihoodRatio(capture="stochastic", **settings)
+        estimator = LikelihoodRatio(capture=capture, **settings)
         program = onward.compile(model, (x,), loss=half_square, estimator=estimator, seed=22)
         for _ in range(400):
             for name, gradient in step_gradients(program, x, target).items():

@@ -132,9 +132,9 @@ def test_the_predicted_peak_is_the_measured_one(case: str) -> None:
     assert 0.95 <= predicted.tensors / measured <= 1.05, (predicted.tensors, measured, predicted.at)
 
 
-@pytest.mark.parametrize("capture", ["sign", "stochastic"])
+@pytest.mark.parametrize("capture", ["sign", "stochastic", "stochastic-4"])
 def test_packed_captures_are_predicted(capture: str) -> None:
-    """Their memory is NumPy's, so the judge is what is alive in a real step, operation by operation."""
+    """Signs are packed in NumPy's memory, so the judge is what is alive in a real step, operation by operation."""
     program, *batch = compiled(resnet, replace(JOINT, capture=capture))
     predicted = rehearse(program.compiled)
     step(program, *batch)
@@ -144,7 +144,7 @@ def test_packed_captures_are_predicted(capture: str) -> None:
     with torch.no_grad(), live:
         program.executor.run(given)
     assert predicted.tensors == pytest.approx(live.tensors, rel=0.01)
-    assert peak_of_arrays(lambda: step(program, *batch)) > 2**16
+    assert capture in ops.LEVEL_BITS or peak_of_arrays(lambda: step(program, *batch)) > 2**16
 
 
 @pytest.mark.parametrize("settings", [JOINT, LAYERWISE, LEARNED, LikelihoodRatio.auto()], ids=str)

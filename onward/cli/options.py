@@ -70,7 +70,8 @@ class Common:
         str | None,
         Option(
             metavar="NAME",
-            help="What is kept of an activation: exact, sign (one bit, biased) or stochastic (one bit, unbiased). "
+            help="What is kept of an activation: exact, sign (one bit, biased), stochastic (one bit, unbiased) or "
+            "stochastic-2, -4, -8 (so many bits, unbiased). "
             "[dim]\\[default: exact][/dim]",
             rich_help_panel=_ESTIMATOR,
         ),

@@ -152,6 +152,17 @@ def _unpack(args: Sequence[Any], result: Tensor) -> Temporary:
     return Temporary(copied, 2 * result.nbytes if packed.shape[0] > 1 else 8 * packed.nbytes)
 
 
+def _pack_levels(args: Sequence[Any], result: Tensor) -> Temporary:
+    """Codes of a byte; of signed levels beside their 16 bits."""
+    x, domain, bits, _ = args
+    return Temporary((3 if domain == "signed" else 1 if bits < 8 else 0) * x.numel() + result.nbytes * (bits < 8))
+
+
+def _unpack_levels(args: Sequence[Any], result: Tensor) -> Temporary:
+    """Codes of a byte."""
+    return Temporary(result.numel() if args[2] < 8 else 0)
+
+
 def _count_blocks(args: Sequence[Any], result: Tensor) -> Temporary:
     """The mask as numbers, summed axis after axis."""
     alive, blocks = args[1], args[5]
@@ -184,6 +195,8 @@ _RULES: dict[Any, Callable[[Sequence[Any], Any], Temporary]] = {
     ops.stochastic_sign: _any_noise,
     ops.pack_signs: _pack,
     ops.unpack_signs: _unpack,
+    ops.pack_levels: _pack_levels,
+    ops.unpack_levels: _unpack_levels,
     ops.count_blocks: _count_blocks,
     ops.spread_blocks: _spread_blocks,
 }
