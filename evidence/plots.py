@@ -56,6 +56,7 @@ def to_svg(panels: Sequence[Panel], caption: str, columns: int = 2) -> str:
     require_matplotlib()
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
@@ -64,7 +65,7 @@ def to_svg(panels: Sequence[Panel], caption: str, columns: int = 2) -> str:
     colours = {name: palette(number) for number, name in enumerate(names)}
     with mpl.rc_context({"svg.hashsalt": "onward", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(5.2 * columns, 3.6 * rows + 0.9), layout="constrained")
-        handles = {}
+        handles: dict[str, Line2D] = {}
         for number, panel in enumerate(panels):
             axes = figure.add_subplot(rows, columns, number + 1)
             for one in panel.series:
@@ -85,7 +86,7 @@ def to_svg(panels: Sequence[Panel], caption: str, columns: int = 2) -> str:
                 axes.set_yscale("log")
             axes.grid(True, which="major", color="#dce3e6", linewidth=0.8)
             axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=8)
+        figure.legend(list(handles.values()), list(handles), loc="outside right upper", frameon=False, fontsize=8)
         figure.supxlabel("\n".join(textwrap.wrap(caption, 62 * columns)), fontsize=7, color="#546e7a")
         written = io.StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None})

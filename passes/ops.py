@@ -83,7 +83,7 @@ LEVEL_BITS = {"stochastic-2": 2, "stochastic-4": 4, "stochastic-8": 8}
 
 def num_levels(domain: str, bits: int) -> int:
     """The largest level of so many bits: of a signed value one bit is the sign's."""
-    return 2**bits - 1 if domain == "nonnegative" else 2 ** (bits - 1) - 1
+    return (1 << bits) - 1 if domain == "nonnegative" else (1 << (bits - 1)) - 1
 
 
 def row_bytes(elements: int, bits: int) -> int:
