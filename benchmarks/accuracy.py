@@ -63,6 +63,11 @@ def _auto(**settings: Any) -> Callable[[], LikelihoodRatio]:
     return lambda: LikelihoodRatio.auto(**settings)
 
 
+def _joint(**settings: Any) -> Callable[[], LikelihoodRatio]:
+    """Plain likelihood ratio with 32 copies of all sites at once, on alive coordinates."""
+    return lambda: LikelihoodRatio(groups="joint", placement="alive", copies=32, sigma="auto", **settings)
+
+
 ROWS: dict[str, Callable[[], LikelihoodRatio] | None] = {
     "bp": None,
     "auto": _auto(),
@@ -75,6 +80,10 @@ ROWS: dict[str, Callable[[], LikelihoodRatio] | None] = {
     "auto, 8 copies": _auto(copies=8),
     "alr 32": lambda: LikelihoodRatio.alr(copies=32),
     "layerwise 16": lambda: LikelihoodRatio(groups="layerwise", copies=16),
+    "joint 32": _joint(),
+    "joint 32, one-sided": _joint(antithetic=False),
+    "joint 32, by error": _joint(sampling="error"),
+    "joint 32, one-sided, by error": _joint(antithetic=False, sampling="error"),
     **{f"op, reach {hops}": _auto(segments="op", reach=hops) for hops in range(4)},
     **{
         f"{number} segments, reach {hops}": _auto(segments=number, reach=hops)

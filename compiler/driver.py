@@ -35,7 +35,7 @@ from .feedback_size import resolve_rank
 from .probe import probe_copies, probe_samples
 from .program import CompiledModel, PassRecord, binding_key
 from .segments import resolve_reach, resolve_segments
-from .site_options import resolve_blocks, resolve_groups, resolve_noise_on
+from .site_options import check_separable, resolve_blocks, resolve_groups, resolve_noise_on
 from .verify import verify
 
 GraphPass = Callable[[fx.GraphModule], fx.GraphModule]
@@ -90,6 +90,9 @@ def _compile_located(
             f"{mixes_samples} mixes the samples of a batch, so a sample's loss does not belong to its own noise alone. "
             'Use LikelihoodRatio(credit="batch"), which takes one loss for the whole batch.'
         )
+
+    if estimator.sampling == "error":
+        check_separable(history[-1].module)
 
     join = partial(find_sites, share_sums=alive)
     _run_passes(history, [("find_sites", join)])

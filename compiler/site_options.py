@@ -11,7 +11,9 @@ from torch import fx
 
 from ..passes.errors import OptionError, unknown_name
 from ..passes.find_sites import Site, sites
+from ..passes.graph import describe
 from ..passes.perturb_weights import WeightNoise, weight_of
+from ..passes.rules import uses_batch_statistics
 from ..passes.tie_blocks import blocks_of
 
 Value = TypeVar("Value", int, float, str)
@@ -126,6 +128,16 @@ def _image_blocks(module: fx.GraphModule) -> dict[int, int]:
     images = {index: max(extents) for index, extents in whole.items() if sum(extent > 1 for extent in extents) > 1}
     size = max(4, -(-max(images.values(), default=1) // 4))
     return dict.fromkeys(images, size)
+
+
+def check_separable(module: fx.GraphModule) -> None:
+    """Raise OptionError if a part of the batch, run on its own, would give other numbers (``sampling="error"``)."""
+    for node in module.graph.nodes:
+        if node.op == "call_function" and uses_batch_statistics(node):
+            raise OptionError(
+                f'sampling="error" runs a part of the batch on its own, and {describe(node)} normalises by the '
+                'statistics of whatever is in the batch. Put it in eval mode, or use sampling="all".'
+            )
 
 
 def resolve_noise_on(noise_on: str | Mapping[str, str], module: fx.GraphModule) -> dict[int, WeightNoise]:

@@ -59,7 +59,7 @@ def measure(executor: SerialExecutor, given: StepInput) -> tuple[dict[int, Linea
     Reads `given` as a step would and writes nothing. Raises NonFiniteLossError if the unperturbed loss is not finite.
     """
     compiled = executor.compiled
-    environment = executor.run_clean(given)
+    environment = executor.run_clean(given).environment
     returned = {node.meta.get("noise_of"): output.name for output, node in _returned(compiled)}
     found: dict[int, Linearity] = {}
     spent = 0.0

@@ -34,6 +34,7 @@ from .noise import operators as _noise  # noqa: F401  (registers the kernels)
 from .noise import packing as _packing  # noqa: F401
 from .noise import weights as _weight_noise  # noqa: F401
 from .output_gradient import OutputGradient
+from .sampling import sampled
 from .targets import num_rows, repeat_target, target_leaves
 
 
@@ -89,6 +90,9 @@ class Program:
             assert isinstance(self.loss, SampleLoss)
             self._output_gradient = OutputGradient(self.loss, self.executor.returned)
             self.feedback = untaught(self.compiled)
+        elif compiled.estimator.sampling == "error":
+            assert isinstance(self.loss, SampleLoss)
+            self._output_gradient = OutputGradient(self.loss)
 
     @torch.inference_mode(False)  # ``.grad`` and buffers outlive the caller's inference mode
     def step(self, inputs: Any, target: Any) -> Tensor:
@@ -115,6 +119,8 @@ class Program:
             with torch.no_grad(), self.executor.threads():
                 calibrates = self.compiled.estimator.sigma == "auto" and self.step_count >= self.next_calibration
                 spent, due = self._measure_sigmas(given) if calibrates else (0.0, self.next_calibration)
+                whole = given.samples
+                given, clean = self._sampled(given)
                 result = self.executor.run(given)
         except BaseException as error:
             self.sigmas[:] = sigmas
@@ -123,9 +129,12 @@ class Program:
                 environment.clear()
                 raise OutOfMemoryError(suggest_chunk(self.compiled, given.samples, given.device)) from error
             raise
+        if clean is not None:
+            result.losses, result.buffers = clean.losses, clean.buffers
+            self.clean_forwards += whole
         self._commit(result, given, parameters, buffers)
         self.next_calibration = due
-        self.forwards += spent * given.samples
+        self.forwards += spent * whole
         return result.losses.mean()
 
     @torch.inference_mode(False)
@@ -275,6 +284,14 @@ class Program:
             self._warms_up() or self.step_count >= self.next_probe,
         )
         return given, parameters, buffers
+
+    def _sampled(self, given: StepInput) -> tuple[StepInput, StepResult | None]:
+        """What the step is done on: the samples that are drawn for it, with the result of the whole batch's clean run
+        that they are drawn by; or all of them."""
+        if self.compiled.estimator.sampling == "all":
+            return given, None
+        clean = self.executor.run_clean(given)
+        return sampled(given, clean.error, self.compiled.captured.signature, self._loss), clean.result
 
     def _measure_sigmas(self, given: StepInput) -> tuple[float, int]:
         """Take σ from the batch at hand; the perturbed forwards a sample that it took, and the step to do so again."""

@@ -1,4 +1,4 @@
-"""Targets: anything the loss takes, repeated for the copies of a batch."""
+"""Targets: anything the loss takes, repeated for the copies of a batch, or of a part of its samples."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ def repeat_target(target: Any, copies: int, samples: int) -> Any:
         return leaf * copies
 
     return pytree.tree_map(tile, target, is_leaf=lambda node: _is_column(node, samples))
+
+
+def take_rows(target: Any, rows: Tensor, samples: int) -> Any:
+    """`target` for the samples with these numbers: of what holds one entry a sample, those entries."""
+    numbers = rows.tolist()
+
+    def take(leaf: Any) -> Any:
+        if num_rows(leaf) != samples:
+            return leaf
+        if isinstance(leaf, Tensor):
+            return leaf.index_select(0, rows.to(leaf.device))
+        return leaf[numbers] if isinstance(leaf, np.ndarray) else [leaf[number] for number in numbers]
+
+    return pytree.tree_map(take, target, is_leaf=lambda node: _is_column(node, samples))
 
 
 def num_rows(leaf: Any) -> int | None:

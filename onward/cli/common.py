@@ -75,6 +75,7 @@ def make_estimator(common: Common) -> LikelihoodRatio | Calibration:
         "antithetic": common.antithetic,
         "chunk": common.chunk,
         "credit": common.credit,
+        "sampling": common.sampling,
         "placement": common.placement,
         "noise_on": None if not common.noise_on else _by_site("--noise-on", common.noise_on, str, "a name"),
         "feedback": common.feedback,
@@ -118,7 +119,7 @@ def compile_setup(setup: Setup) -> CompiledModel:
 def _without_feedback(settings: dict[str, Any]) -> bool:
     """Whether options ask for what learned feedback does not have, and none of them for feedback itself."""
     needs = {"feedback": "learned", "groups": "joint", "capture": "exact", "score": "exact",
-             "credit": "sample", "antithetic": True, "noise_on": "output"}  # fmt: skip
+             "credit": "sample", "antithetic": True, "noise_on": "output", "sampling": "all"}  # fmt: skip
     differs = any(name in settings and settings[name] != needed for name, needed in needs.items())
     differs = differs or settings.get("placement") == "operation"
     return differs and settings.get("feedback") != "learned"

@@ -136,6 +136,15 @@ class Common:
             rich_help_panel=_ESTIMATOR,
         ),
     ] = None
+    sampling: Annotated[
+        str | None,
+        Option(
+            metavar="NAME",
+            help="all: every sample is perturbed; error: each with a probability proportional to its error, unbiased "
+            "and cheaper the fewer samples are still wrong. [dim]\\[default: all][/dim]",
+            rich_help_panel=_ESTIMATOR,
+        ),
+    ] = None
     placement: Annotated[
         str | None,
         Option(

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from ...compiler.program import CompiledModel
 from ..plan import Action, Error, Forward
-from .bindings import Environment
 from .bound import BoundModel
 from .fusion import Fused
 from .step import HANDLERS, Step, StepInput, StepResult
@@ -52,10 +51,10 @@ class SerialExecutor(BoundModel):
         if self.record is not None:
             self.record(str(action), worker, started, time.perf_counter())
 
-    def run_clean(self, given: StepInput) -> Environment:
-        """All values of the clean run, its losses checked; `given` stays as it is. Raises as `run`."""
+    def run_clean(self, given: StepInput) -> Step:
+        """The clean run alone, with all its values, its losses checked; `given` stays as it is. Raises as `run`."""
         step = Step(self, replace(given, environment=dict(given.environment)))
         for stage in range(len(self.stages)):
             step.forward(Forward(stage))
         step.evaluate(Error())
-        return step.environment
+        return step

@@ -61,6 +61,8 @@ class StepInput:
     """With learned feedback: the loss's gradient at the outputs."""
     perturbed: bool = True
     """Whether the copies run; with learned feedback a step can do without (`LikelihoodRatio.probe_every`)."""
+    weights: Tensor | None = None
+    """How much each sample counts in the gradient, ``(N,)``, where they do not count alike (`runtime.sampling`)."""
 
 
 class Step:
@@ -273,6 +275,8 @@ class Step:
             weights = self._differences(losses) / (2 * scale)
         else:
             weights = (torch.cat(losses) - self.clean) / scale
+        if self.given.weights is not None:
+            weights = weights * self.given.weights.to(weights.dtype)
         if weights.shape[1] == samples or not gradient.site.noise_layout.batched:
             return weights  # noise that all samples share is one number's worth of a batch loss
         return weights.expand(-1, samples).contiguous()

@@ -132,7 +132,7 @@ class _Rehearsal:
         return max([left + reading, *own.values()])
 
     def _measure(self) -> None:
-        environment = self.executor.run_clean(self.given)
+        environment = self.executor.run_clean(self.given).environment
         self.live.relabel([value for key, value in environment.items() if key not in self.given.environment], CLEAN)
         for run in self.compiled.runs:
             response(self.executor, self.given, environment, run.index, run.sites[0], 1.0)
