@@ -28,13 +28,20 @@ from onward.passes.errors import OptionError, OutputError
 
 COMMON = {
     "--model-option", "--data", "--alr", "--noise", "--score", "--capture", "--groups", "--copies", "--sigma",
-    "--antithetic", "--no-antithetic", "--chunk", "--credit", "--placement", "--noise-on", "--feedback", "--correction",
-    "--reach", "--segments", "--probe", "--probe-every", "--blocks", "--rank", "--feedback-memory", "--calibration",
-    "--recompute", "--warmup", "--trust", "--no-trust", "--seed", "--device", "--threads", "--debug",
+    "--antithetic", "--no-antithetic", "--chunk", "--credit", "--sampling", "--placement", "--noise-on", "--feedback",
+    "--correction", "--reach", "--segments", "--probe", "--probe-every", "--blocks", "--rank", "--feedback-memory",
+    "--calibration", "--recompute", "--warmup", "--trust", "--no-trust", "--seed", "--device", "--threads", "--debug",
 }  # fmt: skip
 TRAIN = {
     "--model", "--epochs", "--batch-size", "--lr", "--optimizer", "--compare-bp", "--directory", "--resume",
     "--workers", "--streams", "--memory", "--checkpoint-every", "--tensorboard", "--json", "--quiet", "-q",
+}  # fmt: skip
+FIDELITY = {
+    "--sweep", "--replicates", "--learn", "--after", "--batch-size", "--per-site", "--json", "--plot", "--quiet", "-q",
+}  # fmt: skip
+COMPARE = {
+    "--data", "--model-option", "--budget", "--methods", "--seeds", "--lr-grid", "--optimizer", "--batch-size",
+    "--json", "--plot", "--quiet", "-q", "--threads", "--debug",
 }  # fmt: skip
 OPTIONS = {
     "train": TRAIN | COMMON,
@@ -54,6 +61,8 @@ OPTIONS = {
         "--workers",
     }
     | COMMON,
+    "fidelity": FIDELITY | COMMON,
+    "compare": COMPARE,
     "models": set(),
     "data": set(),
 }

@@ -1,4 +1,4 @@
-"""The command line: ``onward train | compile | inspect | models | data``."""
+"""The command line: ``onward train | compile | inspect | fidelity | compare | models | data``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from ..runtime.versions import versions
+from .compare import compare_
 from .compile import compile_
+from .fidelity import fidelity
 from .inspect import inspect
 from .lists import data, models
 from .train import train
@@ -33,6 +35,8 @@ for _name, _command in (
     ("train", train),
     ("compile", compile_),
     ("inspect", inspect),
+    ("fidelity", fidelity),
+    ("compare", compare_),
     ("models", models),
     ("data", data),
 ):
@@ -49,7 +53,8 @@ def _print_version(wanted: bool) -> None:
 _ABOUT = (
     "Compile a PyTorch model into a trainer that never backpropagates.\n\n"
     "Gradients come from perturbed forward runs (the likelihood-ratio method). `train` is the main job; `inspect` "
-    "shows what the compiler makes of a model, or why it cannot; `compile` writes it to a folder."
+    "shows what the compiler makes of a model, or why it cannot; `compile` writes it to a folder; `fidelity` "
+    "measures its gradients beside the exact ones; `compare` races it with the methods of others."
 )
 
 

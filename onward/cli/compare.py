@@ -1,0 +1,234 @@
+"""``onward compare``: the same model, data and budget of forwards trained by Onward and by the methods of others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+from typer import Argument, Option
+
+from ..compiler.files import check_writable, write_whole
+from ..evidence.comparison import LR_GRID, Comparison, Task, check, compare
+from ..evidence.comparison_report import SUBJECTS, plot, ratios_table, results_table, to_json
+from ..evidence.methods import METHODS
+from ..evidence.plots import require_matplotlib
+from ..evidence.provenance import describe, machine
+from ..models import build_for
+from ..runtime.training.metrics import jsonable
+from .common import parse_options, set_up
+from .common import to_json as json_text
+from .options import MODEL_HELP, Common, with_errors
+from .train import Training, make_optimizer
+
+_TRAINING = "Training"
+_OUTPUT = "Output"
+_RUN = "Run"
+
+WIDTH = 120
+"""Columns of the tables where the output is no terminal."""
+
+
+def compare_(
+    model: Annotated[str, Argument(metavar="[MODEL]", help=MODEL_HELP)] = "mlp",
+    data: Annotated[str, Option(metavar="NAME", help="Data set (`onward data`).")] = "digits",
+    model_option: Annotated[
+        list[str] | None, Option(metavar="KEY=VALUE", help="Argument of the model's factory; may be repeated.")
+    ] = None,
+    budget: Annotated[
+        float,
+        Option(
+            metavar="FORWARDS",
+            help="Forwards that every run has, for each training sample: so many epochs, if a step were one forward.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 100.0,
+    methods: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NAME",
+            help=f"A method; may be repeated: {', '.join(METHODS)}. [dim]\\[default: all][/dim]",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    seeds: Annotated[
+        list[int] | None,
+        Option(
+            metavar="SEED",
+            help="Seed of weights, batches and noise of a run; may be repeated. [dim]\\[default: 0, 1, 2][/dim]",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    lr_grid: Annotated[
+        list[float] | None,
+        Option(
+            metavar="FACTOR",
+            help="What the recipe's learning rate is multiplied with in tuning; may be repeated. "
+            "[dim]\\[default: 0.3, 1, 3][/dim]",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        Option(
+            help="sgd, adam or adamw, of all methods. [dim]\\[default: of the model][/dim]", rich_help_panel=_TRAINING
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, Option(help="Samples a step. [dim]\\[default: of the model][/dim]", rich_help_panel=_TRAINING)
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        Option("--json", metavar="FILE", help="Write settings, machine and every curve.", rich_help_panel=_OUTPUT),
+    ] = None,
+    plot_file: Annotated[
+        Path | None,
+        Option(
+            "--plot",
+            metavar="FILE.svg",
+            help="Draw accuracy against forwards and against seconds (needs matplotlib: onward\\[plots]).",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    quiet: Annotated[
+        bool, Option("--quiet", "-q", help="Print the final tables only.", rich_help_panel=_OUTPUT)
+    ] = False,
+    threads: Annotated[
+        int | None,
+        Option(help="Threads of torch's operations. [dim]\\[default: torch's own][/dim]", rich_help_panel=_RUN),
+    ] = None,
+    debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.", rich_help_panel=_RUN)] = False,
+) -> None:
+    """Race Onward against other ways to train: same model, data, optimizer and budget of forwards.
+
+    Backpropagation, likelihood ratio (exact, sign, stochastic), `auto`, feedback alignment (FDFA, DFA), MeZO and
+    forward gradients, each from its paper. Every method is tuned first on a small grid, on samples held out of the
+    training data, with another seed. Then it runs with each seed, tested at marks on the way. Ctrl-C ends with the
+    methods that are finished.
+
+    [bold]Examples[/bold]
+
+      onward compare mlp --data digits --json digits.json --plot digits.svg
+
+      onward compare mlp --methods auto --methods fdfa --methods mezo --budget 50 --seeds 0
+    """
+    with_errors(_compare, debug)(
+        model=model,
+        common=Common(model_option=model_option, data=data, threads=threads),
+        budget=budget,
+        methods=methods or list(METHODS),
+        seeds=seeds or [0, 1, 2],
+        lr_grid=lr_grid or list(LR_GRID),
+        optimizer=optimizer,
+        batch_size=batch_size,
+        json_file=json_file,
+        plot_file=plot_file,
+        quiet=quiet,
+    )
+
+
+def _compare(
+    *,
+    model: str,
+    common: Common,
+    budget: float,
+    methods: list[str],
+    seeds: list[int],
+    lr_grid: list[float],
+    optimizer: str | None,
+    batch_size: int | None,
+    json_file: Path | None,
+    plot_file: Path | None,
+    quiet: bool,
+) -> None:
+    check(budget, methods, seeds, lr_grid)
+    for path in (json_file, plot_file):
+        if path is not None:
+            check_writable(path)
+    if plot_file is not None:
+        require_matplotlib()
+    setup = set_up(model, common, batch_size)
+    recipe = setup.recipe
+    training = Training(0, batch_size or recipe.batch_size, recipe.lr, optimizer or recipe.optimizer)
+    make_optimizer(setup.model, training)  # a mistake in it shows before the work
+    options = parse_options(common.model_option or [])
+
+    def make_with(net: nn.Module, lr: float) -> torch.optim.Optimizer:
+        return make_optimizer(net, Training(0, training.batch_size, lr, training.optimizer))
+
+    task = Task(
+        setup.dataset,
+        lambda: build_for(model, setup.dataset, **options),
+        make_with,
+        F.cross_entropy,
+        training.batch_size,
+        training.lr,
+    )
+    where = machine(torch.device("cpu"))
+    console = Console(width=None if Console().is_terminal else WIDTH)
+    if not quiet:
+        console.print(
+            f"[bold]{model}[/bold] on [bold]{common.data}[/bold]: {len(methods)} methods, {budget:g} forwards for each "
+            f"of {len(setup.dataset.train):,} samples, seeds {', '.join(map(str, seeds))}; {training.optimizer}, "
+            f"batches of {training.batch_size}",
+            highlight=False,
+        )
+        console.print(describe(where), highlight=False, style="dim")
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=quiet,
+    )
+    with bar:
+        row = bar.add_task("starting", total=1.0)
+        found = compare(
+            task,
+            budget,
+            methods,
+            seeds,
+            lr_grid,
+            lambda what, share: bar.update(row, description=what, completed=share),
+        )
+    told = {
+        "model": model,
+        "model_options": common.model_option or [],
+        "data": common.data,
+        "samples": len(setup.dataset.train),
+        "optimizer": training.optimizer,
+        "batch_size": training.batch_size,
+        "lr": training.lr,
+    }
+    _write(found, told, where, json_file, plot_file)
+    _print(console, found)
+    if found.interrupted:
+        Console(stderr=True).print("interrupted before the last method was finished.", style="yellow")
+        raise typer.Exit(130)
+
+
+def _write(
+    found: Comparison, told: dict[str, Any], where: dict[str, Any], json_file: Path | None, plot_file: Path | None
+) -> None:
+    if json_file is not None:
+        write_whole(json_file, json_text(jsonable(to_json(found, told, where))))
+    if plot_file is not None and found.entries:
+        seeds = ", ".join(map(str, found.seeds))
+        caption = f"mean, lowest and highest of seeds {seeds}; {told['optimizer']}; {describe(where)}"
+        write_whole(plot_file, plot(found, f"{told['model']}, {told['data']}", caption))
+
+
+def _print(console: Console, found: Comparison) -> None:
+    for reason in found.refused.values():
+        console.print(f"left out: {reason}", style="yellow", highlight=False)
+    if found.entries:
+        console.print(results_table(found))
+    for subject in SUBJECTS:
+        if (shown := ratios_table(found, subject)) is not None:
+            console.print(shown)
