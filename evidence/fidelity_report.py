@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from statistics import mean, stdev
 from typing import Any
 
 from .fidelity_statistics import Agreement, Estimate
@@ -35,6 +36,11 @@ def cells(of: Agreement) -> list[str]:
     return [cell(read(of)) for _, read in QUANTITIES.values()]
 
 
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation: ``0.9444 ± 0.0102``; of one value that value."""
+    return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+
+
 def label(settings: Settings, without: str = "") -> str:
     """``capture=sign, copies=4``."""
     return ", ".join(f"{name}={value}" for name, value in settings.items() if name != without)
@@ -48,6 +54,7 @@ def to_json(found: Iterable[Measured], slopes: Iterable[Scaling]) -> dict[str, A
                 "settings": dict(one.settings),
                 "seconds": one.seconds,
                 **({"refusal": one.refusal} if one.fidelity is None else one.fidelity.to_json()),
+                **({} if one.trained is None else {"trained": asdict(one.trained)}),
             }
             for one in found
         ],

@@ -36,14 +36,30 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """Runs of training with a combination, each from weights, batches and noise of its own."""
+
+    accuracies: tuple[tuple[float, ...], ...]
+    """Test accuracy after every epoch, a tuple a run."""
+    forwards: float
+    """Of a training sample in a whole run, clean and perturbed; a suffix counts by its share of the FLOPs."""
+
+    @property
+    def last(self) -> tuple[float, ...]:
+        """Test accuracy after the last epoch, one a run."""
+        return tuple(run[-1] for run in self.accuracies)
+
+
+@dataclass(frozen=True)
 class Measured:
     """A combination and what came of it: a fidelity, or the reason why there is none."""
 
     settings: Settings
     fidelity: Fidelity | None = None
+    trained: Trained | None = None
     refusal: str = ""
     seconds: float = 0.0
-    """Compiling, learning and measuring."""
+    """Compiling, learning, measuring and training."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +109,9 @@ def combinations(axes: Sequence[Axis]) -> list[Settings]:
     return [dict(zip(names, values, strict=True)) for values in itertools.product(*(axis.values for axis in axes))]
 
 
-def sweep(cases: Sequence[Settings], measure: Callable[[Settings], Fidelity]) -> Iterator[Measured]:
+def sweep(
+    cases: Sequence[Settings], measure: Callable[[Settings], tuple[Fidelity, Trained | None]]
+) -> Iterator[Measured]:
     """Each combination measured, in order.
 
     What Onward refuses (settings that cannot be had together, a model that does not compile with them) is a `Measured`
@@ -102,7 +120,7 @@ def sweep(cases: Sequence[Settings], measure: Callable[[Settings], Fidelity]) ->
     for settings in cases:
         started = time.perf_counter()
         try:
-            yield Measured(settings, measure(settings), seconds=time.perf_counter() - started)
+            yield Measured(settings, *measure(settings), seconds=time.perf_counter() - started)
         except OnwardError as error:
             yield Measured(settings, refusal=str(error), seconds=time.perf_counter() - started)
 

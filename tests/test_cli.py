@@ -37,7 +37,8 @@ TRAIN = {
     "--workers", "--streams", "--memory", "--checkpoint-every", "--tensorboard", "--json", "--quiet", "-q",
 }  # fmt: skip
 FIDELITY = {
-    "--sweep", "--replicates", "--learn", "--after", "--batch-size", "--per-site", "--json", "--plot", "--quiet", "-q",
+    "--sweep", "--replicates", "--learn", "--after", "--train", "--runs", "--batch-size", "--per-site", "--json",
+    "--plot", "--quiet", "-q",
 }  # fmt: skip
 COMPARE = {
     "--data", "--model-option", "--budget", "--methods", "--seeds", "--lr-grid", "--optimizer", "--batch-size",

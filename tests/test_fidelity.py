@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from typer.testing import CliRunner
 import onward
 from onward import LikelihoodRatio
 from onward.cli import app
-from onward.cli.fidelity import make_cases
+from onward.cli.fidelity_cases import make_cases
 from onward.cli.options import Common
 from onward.evidence import fidelity_report, fidelity_statistics
 from onward.evidence.fidelity import Fidelity, exact_gradient, learn, measure, site_parameters
@@ -574,6 +575,24 @@ def test_command_sweeps_and_writes(tmp_path: Path):
     assert "slope -1/2" in text
 
 
+def test_command_trains_what_it_measures(tmp_path: Path):
+    file = tmp_path / "result.json"
+    arguments = ("--data", "linear", "--model-option", "depth=1", "--groups", "joint", "--placement", "operation")
+    sweep_ = ("--sweep", "capture=exact,sign", "--copies", 8, "--train", 2, "--runs", 2, "--seed", 3, "--json", file)
+    output = call("mlp", "--replicates", 8, "--batch-size", 16, *arguments, *sweep_).output
+    assert "mean and standard deviation of the runs" in output
+    exact, sign = (one["trained"] for one in json.loads(file.read_text())["measured"])
+    assert [len(run) for run in exact["accuracies"]] == [2, 2]
+    assert exact["accuracies"][0] != exact["accuracies"][1]
+    assert exact["forwards"] == 2.0  # a copy behind the last layer has no FLOPs
+    # The run of one seed is what `onward train` does with that seed.
+    trained = tmp_path / "train.json"
+    command = ["train", "--model", "mlp", *map(str, arguments), "--copies", "8", "--capture", "sign"]
+    done = CliRunner().invoke(app, [*command, "--seed", "4", "--epochs", "2", "-q", "--json", str(trained)])
+    assert done.exit_code == 0, done.output
+    assert json.loads(trained.read_text())["test_accuracy"] == sign["accuracies"][1][-1]
+
+
 def test_command_on_feedback_by_site(tmp_path: Path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "sites.svg"
@@ -599,7 +618,7 @@ def test_command_sweeps_the_model_and_stops_where_asked(tmp_path: Path, monkeypa
             raise KeyboardInterrupt
         return measure(*arguments, **options)
 
-    monkeypatch.setitem(make_cases.__globals__, "measure", interrupted)  # the module is hidden by its command
+    monkeypatch.setattr(sys.modules["onward.cli.fidelity"], "measure", interrupted)  # its command hides the module
     result = call(*TINY, "--data", "linear", "--sweep", "copies=2,4,8", "--reach", 9, "--json", file, code=130)
     assert "interrupted before all combinations" in result.stderr
     assert "copies" in result.stdout
@@ -616,6 +635,7 @@ def test_command_sweeps_the_model_and_stops_where_asked(tmp_path: Path, monkeypa
         (("mlp", "--learn", -1), "--learn -1"),
         (("mlp", "--learn", 3), "learn=3: learned feedback gives zero gradients"),
         (("mlp", "--after", -1), "--after -1"),
+        (("mlp", "--train", -1), "--train -1"),
         (("mlp", "--batch-size", 0), "--batch-size 0"),
         (("mlp", "--sweep", "copies"), "expected NAME=VALUE"),
         (("mlp", "--sweep", "copys=4"), "Did you mean 'copies'?"),

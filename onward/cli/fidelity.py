@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import nn
 from typer import Argument, Option
 
 from ..api import compile as compile_program
-from ..compiler.estimator import LikelihoodRatio
 from ..compiler.files import check_writable, write_whole
 from ..compiler.report_text import describe_estimator
 from ..evidence import fidelity_report
@@ -28,35 +25,20 @@ from ..evidence.baselines.backpropagation import Backpropagation
 from ..evidence.fidelity import Fidelity, check_replicates, learn, measure
 from ..evidence.plots import require_matplotlib, to_svg
 from ..evidence.provenance import describe, machine
-from ..evidence.sweep import Axis, Measured, Scaling, Settings, combinations, parse_axis, scaling, sweep
+from ..evidence.sweep import Axis, Measured, Settings, Trained, parse_axis, scaling, sweep
 from ..models import build_for, loaders
-from ..models.registry import find_factory
-from ..passes.errors import OptionError, UnknownNameError
-from ..runtime.calibration.record import Calibration
+from ..passes.errors import OptionError
 from ..runtime.training.metrics import jsonable
 from ..runtime.training.trainer import Trainer
-from .common import Setup, find_device, make_estimator, parse_options, set_up, settings_of, to_json
+from .common import Setup, find_device, parse_options, set_up, settings_of, to_json
+from .fidelity_cases import Case, make_cases, sweepable
+from .fidelity_tables import print_tables
 from .options import MODEL_HELP, Common, with_common
 from .train import Training, make_optimizer
+from .train import run as train_with
 
 _MEASURING = "Measuring"
 _OUTPUT = "Output"
-
-ESTIMATOR_OPTIONS = {field.name for field in dataclasses.fields(LikelihoodRatio)} & {
-    field.name for field in dataclasses.fields(Common)
-}
-"""What can be swept of the estimator; a value is written as for the option of that name."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A combination of swept settings, as the options that say the same."""
-
-    settings: Settings
-    common: Common
-    estimator: LikelihoodRatio | Calibration | None
-    """None if the options cannot be had together."""
-    refusal: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +49,8 @@ class Measuring:
     replicates: int
     learn: int
     after: int
+    train: int
+    runs: int
 
 
 @with_common
@@ -105,6 +89,19 @@ def fidelity(
             rich_help_panel=_MEASURING,
         ),
     ] = 0,
+    train: Annotated[
+        int,
+        Option(
+            metavar="EPOCHS",
+            help="Also train with every combination for so many epochs, from new weights, with the model's optimizer "
+            "and learning rate, and print the test accuracy: what an error costs in the end. 0: do not.",
+            rich_help_panel=_MEASURING,
+        ),
+    ] = 0,
+    runs: Annotated[
+        int,
+        Option(min=1, help="Runs of --train, with seeds from --seed on.", rich_help_panel=_MEASURING),
+    ] = 3,
     batch_size: Annotated[
         int | None,
         Option(help="Samples of the batch. [dim]\\[default: of the model][/dim]", rich_help_panel=_MEASURING),
@@ -138,8 +135,8 @@ def fidelity(
     are printed too: -1/2 is that of independent draws, and a bias shows as a floor. Ctrl-C ends the sweep and prints
     what there is.
 
-    What an estimator's error costs in the end, in accuracy and time, is a question for training runs: see
-    `onward compare`.
+    What an error costs in the end, training says: with --train by every combination at one learning rate; `onward
+    compare` tunes each method and gives all of them one budget of forwards.
 
     [bold]Examples[/bold]
 
@@ -149,10 +146,13 @@ def fidelity(
 
       onward fidelity mlp --groups layerwise --copies 32 --sweep depth=3,6,9,12 --plot depth.svg
 
+      onward fidelity mlp --alr --sweep capture=exact,sign --sweep copies=8,32,128 --train 5
+
       onward fidelity resnet5 --after 5 --reach 0 --segments op --per-site
     """
-    if after < 0 or learn_steps < 0:
-        raise OptionError(f"--after {after} and --learn {learn_steps} count epochs and steps: from 0 on.")
+    for option, number in (("after", after), ("learn", learn_steps), ("train", train)):
+        if number < 0:
+            raise OptionError(f"--{option} {number}: it counts from 0 on.")
     check_replicates(replicates)
     for file in (json_file, plot):
         if file is not None:
@@ -160,9 +160,9 @@ def fidelity(
     if plot is not None:
         require_matplotlib()
     setup = set_up(model, common, batch_size)
-    axes = [parse_axis(text, ESTIMATOR_OPTIONS | _factory_options(model)) for text in sweeps or []]
+    axes = [parse_axis(text, sweepable(model)) for text in sweeps or []]
     cases = make_cases(common, axes)
-    measuring = Measuring(len(setup.example), replicates, learn_steps, after)
+    measuring = Measuring(len(setup.example), replicates, learn_steps, after, train, runs)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if not quiet:
         _announce(console, model, common, setup, measuring, axes)
@@ -178,37 +178,10 @@ def fidelity(
     if plot is not None and any(one.fidelity is not None for one in found):
         caption = f"{model} on {common.data}, {_about(measuring)}, seed {common.seed}. {describe(provenance)}"
         write_whole(plot, to_svg(fidelity_report.panels(found, axes), caption))
-    _print(console, found, axes, slopes, per_site)
+    print_tables(console, found, axes, slopes, per_site)
     if interrupted:
         Console(stderr=True).print("interrupted before all combinations were measured.", style="yellow")
         raise typer.Exit(130)
-
-
-def make_cases(common: Common, axes: Sequence[Axis]) -> list[Case]:
-    """Every combination of the swept settings, in place of those options on the command line.
-
-    Where one combination asks for what learned feedback does not have, all that leave `feedback` open are without it:
-    else they would differ in more than what is swept.
-
-    Raises:
-        OptionError: a value cannot be read, or no combination can be had.
-        UnknownNameError: a value is a name that is not known.
-    """
-    cases = [(settings, _with(common, settings)) for settings in combinations(axes)]
-    estimators = [_try_estimator(each) for _, each in cases]
-    plain = [settings_of(made).feedback == "none" for made, _ in estimators if made is not None]
-    if common.feedback is None and common.calibration is None and any(plain) and not all(plain):
-        cases = [
-            (settings, each if "feedback" in settings else replace(each, feedback="none")) for settings, each in cases
-        ]
-        estimators = [_try_estimator(each) for _, each in cases]
-    made = [
-        Case(settings, each, estimator, refusal)
-        for (settings, each), (estimator, refusal) in zip(cases, estimators, strict=True)
-    ]
-    if all(case.estimator is None for case in made):
-        raise OptionError(made[0].refusal)
-    return made
 
 
 def run(
@@ -227,20 +200,21 @@ def run(
         disable=not (progress and sys.stderr.isatty()),
     )
 
-    def one(settings: Settings) -> Fidelity:
+    def one(settings: Settings) -> tuple[Fidelity, Trained | None]:
         case = by_settings[tuple(settings.items())]
         if case.estimator is None:
             raise OptionError(case.refusal)
         options = tuple(case.common.model_option or [])
         if options not in models:
             models[options] = _prepared(model, common, setup, options, measuring)
-        return _measure(models[options], case, setup, measuring, bar)
+        found = _measure(models[options], case, setup, measuring, bar)
+        return found, _train(model, case, setup, measuring, bar) if measuring.train else None
 
     found: list[Measured] = []
     with bar:
         try:
             if len(cases) == 1:
-                found.append(Measured(cases[0].settings, one(cases[0].settings)))
+                found.append(Measured(cases[0].settings, *one(cases[0].settings)))
                 return found, False
             for measured in sweep([case.settings for case in cases], one):
                 found.append(measured)
@@ -285,51 +259,33 @@ def _measure(model: nn.Module, case: Case, setup: Setup, measuring: Measuring, b
         bar.remove_task(task)
 
 
-def _factory_options(model: str) -> set[str]:
+def _train(name: str, case: Case, setup: Setup, measuring: Measuring, bar: Progress) -> Trained:
+    """Train from new weights with this estimator, once a seed."""
+    recipe = setup.recipe
+    training = Training(measuring.train, recipe.batch_size, recipe.lr, recipe.optimizer)
+    title = fidelity_report.label(case.settings) or "estimator"
+    task = bar.add_task(f"{title}: training", total=measuring.runs)
+    accuracies, forwards = [], []
     try:
-        return set(inspect.signature(find_factory(model)).parameters)
-    except ValueError:  # a callable written in C need not have a signature
-        return set()
-
-
-def _with(common: Common, settings: Settings) -> Common:
-    """`common` with what is swept: the options of the estimator by name, all else for the model's factory."""
-    options = {name: _read(name, text) for name, text in settings.items() if name in ESTIMATOR_OPTIONS}
-    pairs = [f"{name}={text}" for name, text in settings.items() if name not in ESTIMATOR_OPTIONS]
-    return replace(common, model_option=[*(common.model_option or []), *pairs], **options)
-
-
-def _read(name: str, text: str) -> Any:
-    """A value of the option `name`, as the command line would read it."""
-    kinds = get_args(_TYPES[name]) or (_TYPES[name],)
-    if list[str] in kinds:
-        return [text]
-    for kind, (expected, convert) in _READERS.items():
-        if kind in kinds:
-            try:
-                return convert(text)
-            except (KeyError, ValueError):
-                raise OptionError(f"sweep {name}={text}: expected {expected}.") from None
-    return text
-
-
-_TYPES: Mapping[str, Any] = get_type_hints(Common)
-
-_READERS: Mapping[type, tuple[str, Callable[[str], Any]]] = {
-    bool: ("true or false", lambda text: {"true": True, "false": False}[text.lower()]),
-    int: ("a whole number", int),
-    float: ("a number", float),
-}
-
-
-def _try_estimator(common: Common) -> tuple[LikelihoodRatio | Calibration | None, str]:
-    """The estimator, or why there is none. A name that is not known is a mistake, whatever it is combined with."""
-    try:
-        return make_estimator(common), ""
-    except UnknownNameError:
-        raise
-    except OptionError as error:
-        return None, str(error)
+        for seed in range(case.common.seed, case.common.seed + measuring.runs):
+            torch.manual_seed(seed)
+            built = build_for(name, setup.dataset, **parse_options(case.common.model_option or []))
+            program = compile_program(
+                built.to(setup.example.device),
+                setup.dataset.train.tensors[0][: recipe.batch_size],
+                loss=F.cross_entropy,
+                estimator=case.estimator,
+                seed=seed,
+            )
+            outcome = train_with(program, setup.dataset, training, progress=False)
+            if outcome.history.interrupted:
+                raise KeyboardInterrupt
+            accuracies.append(tuple(record.validation["accuracy"] for record in outcome.history))
+            forwards.append(outcome.forwards / len(setup.dataset.train))
+            bar.advance(task)
+    finally:
+        bar.remove_task(task)
+    return Trained(tuple(accuracies), sum(forwards) / len(forwards))
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -364,72 +320,3 @@ def _result(
         },
         "interrupted": interrupted,
     }
-
-
-def _print(
-    console: Console, found: Sequence[Measured], axes: Sequence[Axis], slopes: Sequence[Scaling], per_site: bool
-) -> None:
-    measured = [one for one in found if one.fidelity is not None]
-    tables = [
-        *([_table(measured, axes)] if measured else []),
-        *([_site_table(measured, axes)] if measured and per_site else []),
-        *([_scaling_table(slopes, [axis for axis in axes if axis.name != "copies"])] if slopes else []),
-    ]
-    for table in tables:
-        console.print(table)
-        console.print()
-    for one in found:
-        if one.fidelity is None:
-            console.print(f"{fidelity_report.label(one.settings)}: not measured. {one.refusal}", markup=False)
-    fidelities = [one.fidelity for one in measured if one.fidelity is not None]
-    if fidelities:
-        console.print(_LEGEND.format(fidelities[0].dtype), style="dim", markup=False)
-    if any(not one.varies for one in fidelities):
-        console.print(_NO_VARIANCE, style="dim", markup=False)
-
-
-_LEGEND = (
-    "In brackets 95 % intervals; a bias from 0 on: none was found. Error, bias and deviation relative to the exact "
-    "gradient's length, by autograd in {}; – where that is zero. forwards: perturbed, a sample and step that has any."
-)
-_NO_VARIANCE = (
-    "Deviation 0: these gradients hold no noise of their own step (correction none), so all error is bias, of what was "
-    "learned here from this seed."
-)
-
-
-def _new_table(axes: Sequence[Axis], columns: Sequence[str], title: str | None = None) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for axis in axes:
-        table.add_column(axis.name, overflow="fold")
-    for heading in columns:
-        table.add_column(heading, justify="right")
-    return table
-
-
-def _table(measured: Sequence[Measured], axes: Sequence[Axis]) -> Table:
-    table = _new_table(axes, [*fidelity_report.QUANTITIES, "forwards"])
-    for one in measured:
-        assert one.fidelity is not None
-        cells = fidelity_report.cells(one.fidelity.whole)
-        table.add_row(*one.settings.values(), *cells, f"{one.fidelity.forwards:.3g}")
-    return table
-
-
-def _site_table(measured: Sequence[Measured], axes: Sequence[Axis]) -> Table:
-    table = _new_table(axes, ["site", *fidelity_report.QUANTITIES], title="Sites")
-    for one in measured:
-        assert one.fidelity is not None
-        for site, of in one.fidelity.sites.items():
-            table.add_row(*one.settings.values(), site, *fidelity_report.cells(of))
-        table.add_section()
-    return table
-
-
-def _scaling_table(slopes: Sequence[Scaling], axes: Sequence[Axis]) -> Table:
-    columns = ["slope of deviation", "slope of error", "bias at the most copies"]
-    table = _new_table(axes, columns, title="What copies buy: slopes of logarithms")
-    for one in slopes:
-        estimates = (one.deviation, one.error, one.floor)
-        table.add_row(*one.settings.values(), *(fidelity_report.cell(each) for each in estimates))
-    return table
