@@ -10,9 +10,11 @@ For each site and each activation its vjp reads, by the estimator's ``capture``:
   and the scale, at random and unbiased. Two bits of a signed activation are ``"stochastic"``, and so is any number of
   an activation that is ±1.
 
-Sites whose rule does not allow an encoding, or that multiply two activations, are captured exactly; of a norm layer the
-normalised activation is captured where signs are asked for, and of batch normalisation by the batch's statistics
-always. Sites that read the same activation share its capture.
+Sites whose rule does not allow an encoding, or that multiply two activations, are captured exactly. So is an input of
+the model, or a view of one, in place of ``"stochastic"``: the batch is there in any case, and its encoding, one for all
+copies of a step, would be a variance that copies do not average. Of a norm layer the normalised activation is captured
+where signs are asked for, and of batch normalisation by the batch's statistics always. Sites that read the same
+activation share its capture.
 
 Writes ``meta["captures"]`` (a tuple of `Capture`) on each noise point, and appends the captured nodes to the outputs,
 so that no dead-code elimination can take them.
@@ -127,7 +129,8 @@ def _describe(site: Site, operand: str, source: fx.Node, nodes: dict[str, fx.Nod
     core = nodes[site.core]
     encodable = rule_for(core.target).encodable and not site.joined and _reads_one_activation(core)
     layout: Layout | None = source.meta.get("layout")
-    encoding = capture if encodable and is_floating(source) and layout is not None else "exact"
+    encodable = encodable and is_floating(source) and layout is not None
+    encoding = "exact" if not encodable or (capture != "sign" and _is_given(source)) else capture
     domain = source.meta.get("sign_domain", "signed")
     bits = ops.LEVEL_BITS.get(encoding)
     if bits is not None and (domain == "binary" or ops.num_levels(domain, bits) == 1):
@@ -138,6 +141,22 @@ def _describe(site: Site, operand: str, source: fx.Node, nodes: dict[str, fx.Nod
     packed = ops.DOMAINS[domain] * ops.row_bytes(elements, 1) if bits is None else ops.row_bytes(elements, bits)
     packed += 0 if encoding == "sign" else 4
     return Capture(operand, source.name, encoding, domain, layout, exact, exact if encoding == "exact" else packed)
+
+
+def _is_given(source: fx.Node) -> bool:
+    """Whether the value is an input of the model, or a view of one."""
+    while source.op == "call_function" and _is_view(source):
+        source = source.all_input_nodes[0]
+    return source.op == "placeholder" and source.meta["role"] == Role.INPUT
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether an operation returns its operand's memory: the schema says that it may, and the dtype is the same."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.all_input_nodes:
+        return False
+    returned = node.target._schema.returns
+    aliased = len(returned) == 1 and returned[0].alias_info is not None and not returned[0].alias_info.is_write
+    return aliased and node.meta["val"].dtype == node.all_input_nodes[0].meta["val"].dtype
 
 
 def _reads_one_activation(core: fx.Node) -> bool:

@@ -108,8 +108,11 @@ class Record:
 class Hand:
     """A run by hand: adds noise at the sites of `group` (none: the clean run) and writes down captures."""
 
-    def __init__(self, names: list[str], group: tuple[str, ...], copy: int, estimator: LikelihoodRatio) -> None:
+    def __init__(
+        self, names: list[str], group: tuple[str, ...], copy: int, estimator: LikelihoodRatio, given: Tensor
+    ) -> None:
         self.names, self.group, self.copy, self.estimator = names, group, copy, estimator
+        self.given = given.untyped_storage().data_ptr()
         self.records: dict[str, Record] = {}
         self.statistics: dict[str, Tensor] = {}
         self.key = torch.tensor([SEED, STEP])
@@ -139,6 +142,8 @@ class Hand:
             return x
         if self.estimator.capture == "sign":
             return x.sign()
+        if x.untyped_storage().data_ptr() == self.given:  # the model's input is there in any case
+            return x
         others = [d for d in range(x.dim()) if d != dim]
         scale = x.abs().amax(others, keepdim=True)
         sizes = [1 if d == dim else extent for d, extent in enumerate(x.shape)]
@@ -162,7 +167,7 @@ def estimate(case: OperationCase, model: nn.Module, x: Tensor, target: Tensor, e
     parameters = {name: value.detach() for name, value in model.named_parameters()}
     arrays = {name: value.double().numpy() for name, value in parameters.items()}
     loss = LOSSES[estimator.credit]
-    clean = Hand(names, (), 0, estimator)
+    clean = Hand(names, (), 0, estimator, x)
     baseline = loss(forward(case, parameters, x, clean), target)
     groups = [tuple(names)] if estimator.groups == "joint" else [(name,) for name in names]
     draws = range(estimator.draws(estimator.copies))
@@ -171,7 +176,7 @@ def estimate(case: OperationCase, model: nn.Module, x: Tensor, target: Tensor, e
     for group in groups:
         runs, losses = [], []
         for identity in identities:
-            hand = Hand(names, group, identity, estimator)
+            hand = Hand(names, group, identity, estimator, x)
             hand.statistics = dict(clean.statistics)
             losses.append(loss(forward(case, parameters, x, hand), target))
             runs.append(hand)

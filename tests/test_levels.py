@@ -67,16 +67,24 @@ def test_operators_pass_opcheck_and_leave_their_input(domain: str, bits: int) ->
 @pytest.mark.parametrize(
     ("capture", "kept"),
     [
-        ("stochastic-2", [("stochastic", 2 * 1 + 4), ("stochastic-2", 3 + 4)]),
-        ("stochastic-4", [("stochastic-4", 3 + 4), ("stochastic-4", 5 + 4)]),
-        ("stochastic-8", [("stochastic-8", 6 + 4), ("stochastic-8", 9 + 4)]),
+        ("stochastic-2", [("exact", 6 * 4), ("stochastic", 2 * 1 + 4), ("stochastic-2", 3 + 4)]),
+        ("stochastic-4", [("exact", 6 * 4), ("stochastic-4", 3 + 4), ("stochastic-4", 5 + 4)]),
+        ("stochastic-8", [("exact", 6 * 4), ("stochastic-8", 6 + 4), ("stochastic-8", 9 + 4)]),
     ],
 )
 def test_bytes_a_sample(capture: str, kept: list[tuple[str, int]]) -> None:
-    """6 signed inputs, then 9 behind a ReLU; two bits of a signed value are its sign or nothing, as with one."""
-    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 2))
+    """6 inputs, kept as they are; 6 signed activations, then 9 behind a ReLU; two bits of a signed value are its sign
+    or nothing, as with one."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 2))
     compiled = compile_model(model, (torch.randn(4, 6),), LikelihoodRatio(copies=2, capture=capture, groups="joint"))
     assert [(one.encoding, one.bytes) for gradient in compiled.gradients for one in gradient.captures] == kept
+
+
+class Activation(nn.Module):
+    """The input's numbers as an activation: the input itself would be kept whole."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 1
 
 
 def roundings(x: Tensor, capture: str, steps: int, relu: bool) -> Tensor:
@@ -85,7 +93,7 @@ def roundings(x: Tensor, capture: str, steps: int, relu: bool) -> Tensor:
     One sample, one output, a loss that is the output, Rademacher noise: the weight's estimate is ε² x̂ = x̂.
     """
     layer = nn.Linear(len(x), 1, bias=False, dtype=x.dtype)
-    model = nn.Sequential(nn.ReLU(), layer) if relu else layer
+    model = nn.Sequential(nn.ReLU() if relu else Activation(), layer)
     nn.init.zeros_(layer.weight)
     estimator = LikelihoodRatio(copies=2, capture=capture, sigma=0.5)
     program = onward.compile(model, (x[None],), loss=lambda output, _: output[:, 0], estimator=estimator, seed=3)

@@ -406,16 +406,16 @@ class TestInsertCaptures:
     def two(self, self_, x):
         return self_.second(self_.first(x).relu())
 
-    @pytest.mark.parametrize(("capture_", "bytes_"), [("exact", (24, 36)), ("sign", (2, 2)), ("stochastic", (6, 6))])
+    @pytest.mark.parametrize(("capture_", "bytes_"), [("exact", (24, 36)), ("sign", (2, 2)), ("stochastic", (24, 6))])
     def test_bytes_a_sample_by_encoding_and_domain(self, capture_, bytes_):
         module, captures = self.captures(self.two, capture_=capture_, first=linear(6, 9), second=linear(9, 2))
         (first,), (second,) = captures[0], captures[1]
-        assert (first.encoding, second.encoding) == (capture_, capture_)
+        assert (first.encoding, second.encoding) == ("exact" if capture_ == "stochastic" else capture_, capture_)
         assert (first.domain, second.domain) == ("signed", "nonnegative")
         assert (first.exact_bytes, second.exact_bytes) == (24, 36)
         assert (first.bytes, second.bytes) == bytes_
         kept = {output.name for output, _ in outputs(module) if output.kind == "capture"}
-        scales = {first.scale, second.scale} if capture_ == "stochastic" else set()
+        scales = {second.scale} if capture_ == "stochastic" else set()
         assert kept == {first.name, second.name} | scales
 
     def test_the_activation_that_reaches_a_site_includes_the_noise_of_the_site_before(self):
@@ -427,10 +427,26 @@ class TestInsertCaptures:
 
     def test_sites_that_read_the_same_activation_share_a_capture(self):
         module, captures = self.captures(
-            lambda self, x: self.a(x) + self.b(x), capture_="stochastic", a=linear(), b=linear()
+            lambda self, x: self.a(y := x.relu()) + self.b(y), capture_="stochastic", a=linear(), b=linear()
         )
         assert captures[0][0].name == captures[1][0].name
         assert targets(module).count(ops.pack_signs) == 1
+
+    @pytest.mark.parametrize(
+        ("made", "given"),
+        [
+            (lambda x: x, True),
+            (lambda x: x.flatten(1).unsqueeze(1).transpose(1, 2).squeeze(2), True),
+            (lambda x: x.float(), True),
+            (lambda x: x.double().float(), False),  # a copy, of another memory
+            (lambda x: x * 1, False),
+        ],
+    )
+    def test_an_input_is_there_in_any_case(self, made, given):
+        _, captures = self.captures(lambda self, x: self.a(made(x)), capture_="stochastic", a=linear())
+        assert captures[0][0].encoding == ("exact" if given else "stochastic")
+        _, captures = self.captures(lambda self, x: self.a(made(x)), capture_="sign", a=linear())
+        assert captures[0][0].encoding == "sign"
 
     @pytest.mark.parametrize(
         ("function", "members"),
