@@ -11,7 +11,7 @@ pip_install := $(bin)/python -m pip install --disable-pip-version-check -c const
 runtime := .venv/.runtime-installed
 dev := .venv/.dev-installed
 
-.PHONY: help demo test lint format types check clean
+.PHONY: help demo test evidence lint format types check clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z]+):.*  ## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -21,6 +21,10 @@ demo: $(runtime)  ## train a ResNet-5 on digits without a backward pass, beside 
 
 test: $(dev)  ## run the tests on two cores
 	OMP_NUM_THREADS=1 $(bin)/pytest -n 2
+
+evidence: $(dev)  ## run every experiment of docs/evidence.md and write it anew (half an hour)
+	$(pip_install) -e '.[dev,mnist]'
+	$(bin)/python benchmarks/evidence
 
 lint: $(dev)  ## check style and format
 	$(bin)/ruff check

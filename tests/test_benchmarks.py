@@ -133,6 +133,21 @@ def test_accuracy_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_variance_runs(tmp_path: Path) -> None:
+    written = tmp_path / "variance.json"
+    printed = run(
+        "variance.py", "--epochs", "0", "--copies", "8", "--repeats", "3", "--sigmas", "0.1", "--sigma-epochs", "1",
+        "--seeds", "0", "1", "--threads", "1", "--json", str(written),
+    )  # fmt: skip
+    result = json.loads(written.read_text())
+    errors = result["errors"]["0 epochs, 8 copies"]
+    assert {len(values) for values in errors.values()} == {3}
+    assert all(value > 0 for values in errors.values() for value in values)
+    assert [one["learned"] for one in result["sigmas"]] == [False, True]
+    for word in ("one-sided, clean loss", "antithetic, Sobol", "learned"):
+        assert word in printed
+
+
 def test_time_to_accuracy_runs(tmp_path: Path) -> None:
     written = tmp_path / "time.json"
     printed = run(
