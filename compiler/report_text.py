@@ -77,6 +77,7 @@ def describe_estimator(estimator: Mapping[str, Any]) -> str:
             copies,
             f"σ {_by_site(sigma)}",
             *(["batch credit"] if estimator["credit"] == "batch" else []),
+            *(["samples by their error"] if estimator.get("sampling", "all") == "error" else []),
             *([_PLACED[estimator["placement"]]] if estimator["placement"] in _PLACED else []),
             *([f"noise on {_by_site(estimator['noise_on'])}"] if estimator["noise_on"] != "output" else []),
             *([f"tied over blocks of {_by_site(estimator['blocks'])}"] if estimator["blocks"] != 1 else []),

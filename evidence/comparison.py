@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,14 +14,18 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from ..models import Dataset
-from ..passes.errors import OptionError, unknown_name
+from ..passes.errors import NonFiniteGradientError, NonFiniteLossError, OnwardError, OptionError, unknown_name
 from ..runtime.loss import Loss
 from ..runtime.training.trainable import TrainableProgram
+from .fitting import check_classifies
 from .methods import METHODS, Method
 from .race import Curve, marks, race
 
 LR_GRID = (0.3, 1.0, 3.0)
 """What the recipe's learning rate is multiplied with."""
+
+MOST_FACTOR = 1e6
+"""The largest factor: beyond, optimizers overflow."""
 
 VALIDATION_SHARE = 0.2
 """The share of the training data that tuning holds out."""
@@ -80,6 +83,8 @@ class Comparison:
     entries: dict[str, Entry] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     """Methods that cannot train this model, with the reason."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Methods that ended with an error that nobody foresaw."""
     interrupted: bool = False
 
     @property
@@ -129,8 +134,10 @@ def check(budget: float, methods: Sequence[str], seeds: Sequence[int], lr_grid: 
             raise OptionError(f"each {what} once, not {', '.join(map(str, values))}.")
     if bad := [seed for seed in seeds if not 0 <= seed < 2**31]:
         raise OptionError(f"seed {bad[0]}: seeds are from 0 to 2**31 - 1.")
-    if bad_factors := [factor for factor in lr_grid if not 0 < factor < math.inf]:
-        raise OptionError(f"{bad_factors[0]:g} as a factor of the learning rate: it must be positive.")
+    if bad_factors := [factor for factor in lr_grid if not 0 < factor <= MOST_FACTOR]:
+        raise OptionError(
+            f"{bad_factors[0]:g} as a factor of the learning rate: it must be positive, and {MOST_FACTOR:g} at most."
+        )
     marks(budget)
 
 
@@ -151,9 +158,10 @@ def compare(
         advance: told what is being done, and the share of it that is done.
 
     Raises:
-        OptionError: as `check`; or no method can train this model.
+        OptionError: as `check`; the model does not fit the data; or no method can train it.
     """
     check(budget, methods, seeds, lr_grid)
+    check_classifies(task.make_model(), task.dataset)
     found = Comparison(budget, tuple(seeds), tuple(lr_grid))
     try:
         for key in methods:
@@ -163,17 +171,26 @@ def compare(
         if not able:
             raise OptionError(f"none of the methods can train this model. {next(iter(found.refused.values()))}")
         for key in able:
-            found.entries[key] = _enter(task, key, found, advance)
+            try:
+                found.entries[key] = _enter(task, key, found, advance)
+            except Exception as error:  # hours of the other methods are not lost for it
+                found.failed[key] = f"{type(error).__name__}: {error}"
     except KeyboardInterrupt:
         found.interrupted = True
     return found
 
 
 def _refusal(task: Task, method: Method, seed: int) -> str:
-    """Why the method cannot train the model; empty if it can."""
+    """Why the method cannot train the model, by one step with it; empty if it can."""
+    inputs, target = (tensor[: task.batch_size] for tensor in task.dataset.train.tensors)
     try:
-        _make(task, method, task.dataset, seed, {name: values[0] for name, values in method.settings.items()})
-    except OptionError as error:
+        settings = {name: values[0] for name, values in method.settings.items()}
+        _make(task, method, task.dataset, seed, settings).step(inputs, target)
+    except NotImplementedError as error:  # of forward-mode derivatives, for one
+        return f"torch lacks what {method.name} needs of this model: {error}"
+    except (NonFiniteGradientError, NonFiniteLossError):
+        return ""  # that is for the race to show
+    except OnwardError as error:
         return str(error)
     return ""
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from .comparison import VALIDATION_SHARE, Comparison, Mean, first_at, mean_curve
-from .methods import METHODS
+from .methods import CONVENTION, METHODS
 from .plots import Panel, Series, to_svg
 
 SUBJECTS = ("auto", "auto-op")
@@ -31,6 +31,8 @@ class Ratio:
     forwards: float
     subject_forwards: float | None
     """None: it did not get there."""
+    rising: bool
+    """Whether the method's best is at one of its last two marks: with more forwards it would get further."""
 
     @property
     def times(self) -> float | None:
@@ -51,18 +53,25 @@ def ratios(means: Mapping[str, list[Mean]]) -> list[Ratio]:
             if key == subject or subject not in means:
                 continue
             best = max(one.accuracy for one in curve)
+            rising = first_at(curve, best) in curve[-2:]
             for goal, accuracy in (("best", best), ("near", best - NEAR)):
                 own, its = first_at(curve, accuracy), first_at(means[subject], accuracy)
                 assert own is not None
-                found.append(Ratio(key, subject, goal, accuracy, own.forwards, None if its is None else its.forwards))
+                spent = None if its is None else its.forwards
+                found.append(Ratio(key, subject, goal, accuracy, own.forwards, spent, rising))
     return found
 
 
 def results_table(found: Comparison) -> Table:
     """A row a method: what was chosen, best mean accuracy, forwards and seconds to it."""
-    shown = Table(title="Best mean test accuracy, and what it took", title_justify="left")
+    shown = Table(
+        title="Best mean test accuracy, and what it took",
+        title_justify="left",
+        caption=CONVENTION,
+        caption_justify="left",
+    )
     shown.add_column("method", no_wrap=True)
-    for heading in ("lr", "settings", "accuracy", "forwards", "seconds", "ms a pass"):
+    for heading in ("lr", "settings", "best accuracy", "forwards", "seconds", "in the end", "ms a forward"):
         shown.add_column(heading, justify="right")
     for key, curve in curves(found).items():
         entry = found.entries[key]
@@ -78,10 +87,11 @@ def results_table(found: Comparison) -> Table:
             f"{top.accuracy:.4f} [{top.low:.4f}, {top.high:.4f}]",
             f"{top.forwards:.1f}",
             f"{top.seconds:.2f}",
+            f"{last.accuracy:.4f}",
             f"{1e3 * last.seconds / last.forwards:.1f}" if last.forwards else "–",
         )
     for key in found.refused:
-        shown.add_row(METHODS[key].name, *["–"] * 5, "cannot train this model")
+        shown.add_row(METHODS[key].name, *["–"] * 6, "left out")
     return shown
 
 
@@ -95,7 +105,14 @@ def ratios_table(found: Comparison, subject: str) -> Table | None:
     if not pairs:
         return None
     name = METHODS[subject].name
-    shown = Table(title=f"Forwards to a method's best accuracy, beside {name}'s to the same", title_justify="left")
+    shown = Table(
+        title=f"Forwards to a method's best accuracy, beside {name}'s to the same",
+        title_justify="left",
+        caption="+: still rising when the budget ended, so that its best, and how many times, depend on the budget."
+        if any(goals["best"].rising for goals in pairs.values())
+        else None,
+        caption_justify="left",
+    )
     shown.add_column("method", no_wrap=True)
     for heading in ("its best", "its forwards", f"{name}'s", "times", f"times, {NEAR:g} below"):
         shown.add_column(heading, justify="right")
@@ -104,7 +121,7 @@ def ratios_table(found: Comparison, subject: str) -> Table | None:
         shown.add_row(
             METHODS[key].name,
             f"{best.accuracy:.4f}",
-            f"{best.forwards:.1f}",
+            f"{best.forwards:.1f}{'+' if best.rising else ''}",
             "not reached" if best.subject_forwards is None else f"{best.subject_forwards:.1f}",
             *("–" if goals[goal].times is None else f"{goals[goal].times:.1f}" for goal in ("best", "near")),
         )
@@ -147,6 +164,7 @@ def to_json(found: Comparison, task: Mapping[str, Any], machine: Mapping[str, An
         "task": dict(task),
         "machine": dict(machine),
         "budget": found.budget,
+        "convention": CONVENTION,
         "seeds": list(found.seeds),
         "interrupted": found.interrupted,
         "tuning": {
@@ -169,5 +187,6 @@ def to_json(found: Comparison, task: Mapping[str, Any], machine: Mapping[str, An
             for key, entry in found.entries.items()
         },
         "refused": dict(found.refused),
+        "failed": dict(found.failed),
         "ratios": [{**asdict(one), "times": one.times} for one in ratios(means)],
     }

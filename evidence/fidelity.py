@@ -53,7 +53,8 @@ class Fidelity:
     learned: int
     """Learning steps that the feedback had; 0 without feedback."""
     forwards: float
-    """Perturbed forwards a sample in a step that has any; a suffix counts by its share of the FLOPs."""
+    """Forwards a sample beside the clean one in a step that perturbs, the mean of the steps; a suffix counts by its
+    share of the FLOPs. Where perturbed runs only teach feedback, and are left out here: those of such a step."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -95,15 +96,21 @@ def measure(
         start = program.state_dict()
         from_clean = all(gradient.from_clean for gradient in program.compiled.gradients)
         found: dict[str, list[Tensor]] = {name: [] for name in names}
+        samples, spent = batch_size(inputs, target), 0.0
         for number in range(replicates):
             program.load_state_dict(start)
             program.step_count += number
             program.next_calibration = sys.maxsize
             if from_clean:
                 program.next_probe = sys.maxsize  # what a perturbed run teaches is for the steps to come
+            before = program.forwards + program.clean_forwards
             for name, gradient in _step(program, inputs, target).items():
                 found[name].append(gradient)
+            spent += program.forwards + program.clean_forwards - before - samples
             each()
+    if from_clean:
+        estimator = program.compiled.estimator
+        spent = replicates * program.compiled.forwards * estimator.num_probed(samples)
     sites = {
         label: reduce(add, (_moments(found.pop(name), exact[name]) for name in parameters))
         for label, parameters in groups.items()
@@ -114,11 +121,11 @@ def measure(
         whole=whole,
         sites={label: agreement(of) for label, of in sites.items()},
         replicates=replicates,
-        samples=batch_size(inputs, target),
+        samples=samples,
         dtype=str(first.dtype).removeprefix("torch."),
         varies=not from_clean or whole.deviation.value > 0,  # the loss may be a black box to the program
         learned=0 if program.feedback is None else program.feedback.steps,
-        forwards=program.compiled.forwards,
+        forwards=spent / samples / replicates,
     )
 
 

@@ -55,6 +55,7 @@ def to_json(found: Iterable[Measured], slopes: Iterable[Scaling]) -> dict[str, A
                 "seconds": one.seconds,
                 **({"refusal": one.refusal} if one.fidelity is None else one.fidelity.to_json()),
                 **({} if one.trained is None else {"trained": asdict(one.trained)}),
+                **({"untrained": one.untrained} if one.untrained else {}),
             }
             for one in found
         ],

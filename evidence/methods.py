@@ -8,9 +8,9 @@
   backpropagation's is 1, and ``auto``'s, which pulls back over short stretches, is counted by its FLOPs (on `mlp` 0.52
   a sample and step; `pulled_back`);
 - the gradient of the weights from what arrives at an operation is about 1 a step. Every method but MeZO and the weight
-  form of forward gradients needs it, and no method is charged for it, but for backpropagation: its backward is 2 in
-  all, as everybody counts it. Joint likelihood ratio with its captures of every copy needs it once a copy: left out in
-  its favour;
+  form of forward gradients needs it, and no method is charged for it: so backpropagation's step is 2 here, and not the
+  3 that it costs with it. Joint likelihood ratio with its captures of every copy needs it once a copy: left out in its
+  favour;
 - making noise, learning feedback, and the optimizer are no forwards.
 
 What is not charged shows in the seconds.
@@ -39,6 +39,13 @@ from .baselines.fdfa import ForwardDirectFeedbackAlignment
 from .baselines.forward_gradient import ActivityForwardGradient, WeightForwardGradient
 from .baselines.layers import check_derivatives
 from .baselines.mezo import MeZO
+
+CONVENTION = (
+    "A forward of the model is 1, a perturbed suffix its share of the FLOPs, a forward-mode derivative 1 more, a "
+    "derivative pulled back through activations what their forward costs. Gradients of weights, noise and the "
+    "optimizer are not counted, of no method: backpropagation's step is 2."
+)
+"""What counts as a forward, in short."""
 
 Build: TypeAlias = Callable[[nn.Module, Any, Loss, int, Mapping[str, Any]], TrainableProgram]
 """(model, example inputs, loss, seed, settings) → a program that trains the model in place."""
@@ -98,7 +105,7 @@ _COPIES = {"copies": (8, 32)}
 
 METHODS: dict[str, Method] = {
     "bp": Method(
-        "backpropagation", "the reference", "Rumelhart et al. 1986", _backpropagation, uncounted=lambda program: 2.0
+        "backpropagation", "the reference", "Rumelhart et al. 1986", _backpropagation, uncounted=lambda program: 1.0
     ),
     "exact": Method(
         "exact LR",

@@ -57,9 +57,11 @@ class Measured:
     settings: Settings
     fidelity: Fidelity | None = None
     trained: Trained | None = None
+    untrained: str = ""
+    """Why training with it came to nothing."""
     refusal: str = ""
     seconds: float = 0.0
-    """Compiling, learning, measuring and training."""
+    """Compiling, learning and measuring."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,10 @@ def parse_axis(text: str, known: Collection[str]) -> Axis:
         raise OptionError(f"sweep {text!r}: expected NAME=VALUE,VALUE,…, for example copies=4,16,64.")
     if name not in known:
         raise unknown_name("setting to sweep", name, known)
-    if len(set(split)) < len(split):
+    axis = Axis(name, split)
+    if len(set(axis.numbers or split)) < len(split):
         raise OptionError(f"sweep {text!r}: a value is there twice.")
-    return Axis(name, split)
+    return axis
 
 
 def combinations(axes: Sequence[Axis]) -> list[Settings]:
@@ -109,9 +112,7 @@ def combinations(axes: Sequence[Axis]) -> list[Settings]:
     return [dict(zip(names, values, strict=True)) for values in itertools.product(*(axis.values for axis in axes))]
 
 
-def sweep(
-    cases: Sequence[Settings], measure: Callable[[Settings], tuple[Fidelity, Trained | None]]
-) -> Iterator[Measured]:
+def sweep(cases: Sequence[Settings], measure: Callable[[Settings], Fidelity]) -> Iterator[Measured]:
     """Each combination measured, in order.
 
     What Onward refuses (settings that cannot be had together, a model that does not compile with them) is a `Measured`
@@ -120,7 +121,7 @@ def sweep(
     for settings in cases:
         started = time.perf_counter()
         try:
-            yield Measured(settings, *measure(settings), seconds=time.perf_counter() - started)
+            yield Measured(settings, measure(settings), seconds=time.perf_counter() - started)
         except OnwardError as error:
             yield Measured(settings, refusal=str(error), seconds=time.perf_counter() - started)
 

@@ -25,7 +25,7 @@ from .execution.step import StepInput
 from .targets import take_rows
 
 FLOOR = 0.1
-"""Added to every error, in units of their mean: no sample counts more than about 1 / FLOOR times."""
+"""Added to every error, in units of their mean, so that samples that are right are drawn now and then."""
 
 _OPERATION = (1 << 24) - 1
 """Number of the draw among the random operations of a step; the model's are numbered from 0."""
@@ -34,12 +34,22 @@ _OPERATION = (1 << 24) - 1
 def inclusion(error: Tensor) -> Tensor:
     """The probability to be perturbed of every sample, ``(N,)``, float64 in (0, 1].
 
-    `error`: the loss's gradient at the outputs, ``(N, outputs)``.
+    `error`: the loss's gradient at the outputs, ``(N, outputs)``. Samples whose error is infinite or NaN (a loss may be
+    finite where its derivative is not) are all perturbed.
     """
-    largest = error.double().abs().max()
+    chosen = torch.ones(len(error), dtype=torch.float64, device=error.device)
+    finite = error.isfinite().all(1)
+    if bool(finite.any()):
+        chosen[finite] = _shares(error[finite].double())
+    return chosen
+
+
+def _shares(error: Tensor) -> Tensor:
+    """`inclusion` of finite errors."""
+    largest = error.abs().max()
     if not largest > 0:
-        return torch.ones(len(error), dtype=torch.float64, device=error.device)
-    norms = (error.double() / largest).norm(dim=1)
+        return torch.ones_like(error[:, 0])
+    norms = (error / largest).norm(dim=1)
     sizes = norms + FLOOR * norms.mean()
     wanted = len(sizes) * sizes.mean() ** 2 / sizes.square().mean()
     chosen = torch.zeros_like(sizes)

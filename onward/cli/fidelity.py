@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,11 +23,12 @@ from ..compiler.report_text import describe_estimator
 from ..evidence import fidelity_report
 from ..evidence.baselines.backpropagation import Backpropagation
 from ..evidence.fidelity import Fidelity, check_replicates, learn, measure
+from ..evidence.fitting import check_classifies
 from ..evidence.plots import require_matplotlib, to_svg
 from ..evidence.provenance import describe, machine
 from ..evidence.sweep import Axis, Measured, Settings, Trained, parse_axis, scaling, sweep
 from ..models import build_for, loaders
-from ..passes.errors import OptionError
+from ..passes.errors import OnwardError, OptionError
 from ..runtime.training.metrics import jsonable
 from ..runtime.training.trainer import Trainer
 from .common import Setup, find_device, parse_options, set_up, settings_of, to_json
@@ -159,6 +160,8 @@ def fidelity(
             check_writable(file)
     if plot is not None:
         require_matplotlib()
+        if plot.suffix not in ("", ".svg"):
+            raise OptionError(f"--plot {plot}: the plot is SVG; name it {plot.with_suffix('.svg').name}.")
     setup = set_up(model, common, batch_size)
     axes = [parse_axis(text, sweepable(model)) for text in sweeps or []]
     cases = make_cases(common, axes)
@@ -200,24 +203,26 @@ def run(
         disable=not (progress and sys.stderr.isatty()),
     )
 
-    def one(settings: Settings) -> tuple[Fidelity, Trained | None]:
+    def one(settings: Settings) -> Fidelity:
         case = by_settings[tuple(settings.items())]
         if case.estimator is None:
             raise OptionError(case.refusal)
         options = tuple(case.common.model_option or [])
         if options not in models:
             models[options] = _prepared(model, common, setup, options, measuring)
-        found = _measure(models[options], case, setup, measuring, bar)
-        return found, _train(model, case, setup, measuring, bar) if measuring.train else None
+        return _measure(models[options], case, setup, measuring, bar)
+
+    def measured_alone() -> Iterator[Measured]:
+        yield Measured(cases[0].settings, one(cases[0].settings))
 
     found: list[Measured] = []
     with bar:
         try:
-            if len(cases) == 1:
-                found.append(Measured(cases[0].settings, *one(cases[0].settings)))
-                return found, False
-            for measured in sweep([case.settings for case in cases], one):
-                found.append(measured)
+            for measured in sweep([case.settings for case in cases], one) if len(cases) > 1 else measured_alone():
+                found.append(measured)  # before the training, which may be interrupted
+                if measuring.train and measured.fidelity is not None:
+                    case = by_settings[tuple(measured.settings.items())]
+                    found[-1] = _train(measured, model, case, setup, measuring, bar)
         except KeyboardInterrupt:
             return found, True
     if all(one.fidelity is None for one in found):
@@ -230,6 +235,7 @@ def _prepared(name: str, common: Common, setup: Setup, options: tuple[str, ...],
     """The model with these options, from the seed, trained by backpropagation if that is asked for."""
     torch.manual_seed(common.seed)
     built = build_for(name, setup.dataset, **parse_options(list(options))).to(setup.example.device)
+    check_classifies(built, setup.dataset)
     if measuring.after:
         recipe = setup.recipe
         training = Training(measuring.after, recipe.batch_size, recipe.lr, recipe.optimizer)
@@ -259,8 +265,8 @@ def _measure(model: nn.Module, case: Case, setup: Setup, measuring: Measuring, b
         bar.remove_task(task)
 
 
-def _train(name: str, case: Case, setup: Setup, measuring: Measuring, bar: Progress) -> Trained:
-    """Train from new weights with this estimator, once a seed."""
+def _train(measured: Measured, name: str, case: Case, setup: Setup, measuring: Measuring, bar: Progress) -> Measured:
+    """`measured` with what training from new weights with this estimator gave, once a seed."""
     recipe = setup.recipe
     training = Training(measuring.train, recipe.batch_size, recipe.lr, recipe.optimizer)
     title = fidelity_report.label(case.settings) or "estimator"
@@ -283,9 +289,11 @@ def _train(name: str, case: Case, setup: Setup, measuring: Measuring, bar: Progr
             accuracies.append(tuple(record.validation["accuracy"] for record in outcome.history))
             forwards.append(outcome.forwards / len(setup.dataset.train))
             bar.advance(task)
+    except OnwardError as error:  # it diverges, say
+        return replace(measured, untrained=str(error))
     finally:
         bar.remove_task(task)
-    return Trained(tuple(accuracies), sum(forwards) / len(forwards))
+    return replace(measured, trained=Trained(tuple(accuracies), sum(forwards) / len(forwards)))
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------

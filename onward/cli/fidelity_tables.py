@@ -12,7 +12,7 @@ from ..evidence.sweep import Axis, Measured, Scaling
 
 _LEGEND = (
     "In brackets 95 % intervals; a bias from 0 on: none was found. Error, bias and deviation relative to the exact "
-    "gradient's length, by autograd in {}; – where that is zero. forwards: perturbed, a sample and step that has any."
+    "gradient's length, by autograd in {}; – where that is zero. forwards: a sample's in a step, but the clean one."
 )
 _TRAINED = "Accuracy: on the test data after the last epoch, mean and standard deviation of the runs."
 _NO_VARIANCE = (
@@ -35,6 +35,8 @@ def print_tables(
         console.print(table)
         console.print()
     for one in found:
+        if one.untrained:
+            console.print(f"{fidelity_report.label(one.settings)}: not trained. {one.untrained}", markup=False)
         if one.fidelity is None:
             console.print(f"{fidelity_report.label(one.settings)}: not measured. {one.refusal}", markup=False)
     fidelities = [one.fidelity for one in measured if one.fidelity is not None]
@@ -51,7 +53,10 @@ def _new_table(axes: Sequence[Axis], columns: Sequence[str], title: str | None =
     for axis in axes:
         table.add_column(axis.name, overflow="fold")
     for heading in columns:
-        table.add_column(heading, justify="right")
+        if heading == "site":
+            table.add_column(heading, overflow="fold", min_width=12)
+        else:
+            table.add_column(heading, justify="right")
     return table
 
 
