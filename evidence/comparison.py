@@ -17,7 +17,6 @@ from ..models import Dataset
 from ..passes.errors import NonFiniteGradientError, NonFiniteLossError, OnwardError, OptionError, unknown_name
 from ..runtime.loss import Loss
 from ..runtime.training.trainable import TrainableProgram
-from .fitting import check_classifies
 from .methods import METHODS, Method
 from .race import Curve, marks, race
 
@@ -158,10 +157,9 @@ def compare(
         advance: told what is being done, and the share of it that is done.
 
     Raises:
-        OptionError: as `check`; the model does not fit the data; or no method can train it.
+        OptionError: as `check`; or no method can train this model.
     """
     check(budget, methods, seeds, lr_grid)
-    check_classifies(task.make_model(), task.dataset)
     found = Comparison(budget, tuple(seeds), tuple(lr_grid))
     try:
         for key in methods:

@@ -9,6 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from torch import nn
 from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
 
@@ -120,7 +122,10 @@ def test_a_run_that_diverges_ends_there_and_says_so(task, what):
 
     torch.manual_seed(0)
     curve = run(task, Diverges(task.make_model(), F.cross_entropy, 0), 60.0)
-    assert what.removesuffix("s") in curve.ended or "became NaN" in curve.ended
+    assert {"loss": "the loss became NaN", "gradient": "gradient of", "weights": "became NaN or infinite"}[what] in (
+        curve.ended
+    )
+    assert (what == "loss") == curve.ended.startswith("the loss")
     assert 0 < curve.points[-1].forwards < 6
     assert all(math.isfinite(point.accuracy) for point in curve.points)
 
@@ -183,6 +188,71 @@ def test_all_methods_of_a_seed_start_from_the_same_weights(task, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
 
 
+def test_what_every_method_is_charged(task, monkeypatch):
+    """Backpropagation 2 forwards a sample and step; ``auto`` what it pulls back, the head's share of the FLOPs here."""
+    raced = {}
+
+    def watch(program, uncounted, *args):
+        curve = race(program, uncounted, *args)
+        spent = program.forwards + program.clean_forwards * (1 + uncounted)
+        assert curve.points[-1].forwards == pytest.approx(spent / len(args[1].train))
+        raced[type(program).__name__] = uncounted
+        return curve
+
+    monkeypatch.setattr(comparison, "race", watch)
+    compare(task, 4.0, ["bp", "auto", "mezo", "fdfa"], [0], (1.0,))
+    assert raced["Backpropagation"] == 1
+    assert raced["MeZO"] == raced["ForwardDirectFeedbackAlignment"] == 0
+    assert raced["Program"] == pytest.approx(8 * 10 / (64 * 8 + 8 * 10), rel=0.1)
+
+
+def test_what_was_tuned_is_what_runs(task, monkeypatch):
+    ran = []
+
+    def watch(program, uncounted, optimizer, *args):
+        ran.append((program.pairs, optimizer.param_groups[0]["lr"]))
+        return Curve((Point(0.0, 0.0, 0.1),))
+
+    monkeypatch.setattr(comparison, "race", watch)
+    monkeypatch.setattr(comparison, "tune", lambda *args: (Candidate(0.07, {"pairs": 8}, 0.5, 0.5, ""),))
+    assert compare(task, 1.0, ["mezo"], [0, 1], (1.0,)).entries["mezo"].chosen.lr == 0.07
+    assert ran == [(8, 0.07)] * 2
+
+
+def test_a_method_that_fails_does_not_take_the_others_with_it(task, monkeypatch, tmp_path):
+    def fails(program, *args):
+        if type(program).__name__ == "MeZO":
+            raise ZeroDivisionError("nobody foresaw it")
+        return race(program, *args)
+
+    monkeypatch.setattr(comparison, "race", fails)
+    found = compare(task, 1.0, ["bp", "mezo", "dfa"], [0], (1.0,))
+    assert list(found.entries) == ["bp", "dfa"]
+    assert found.failed == {"mezo": "ZeroDivisionError: nobody foresaw it"}
+    written = tmp_path / "result.json"
+    result = call("compare", *TINY, "--methods", "mezo", "--methods", "bp", "--json", written, code=1)
+    assert "MeZO ended with an error: ZeroDivisionError: nobody foresaw it" in result.stdout
+    assert list(json.loads(written.read_text())["methods"]) == ["bp"]
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 10)
+
+    def forward(self, x):
+        return self.head(self.lstm(x[:, 0])[0][:, -1])
+
+
+def test_forward_derivatives_that_torch_lacks_are_told_before_the_race(dataset):
+    recurrent = replace(make_task(dataset), make_model=Recurrent)
+    found = compare(recurrent, 1.0, ["mezo", "fg-weights"], [0], (1.0,))
+    assert list(found.entries) == ["mezo"]
+    assert found.refused["fg-weights"].startswith("torch lacks what forward gradient (weights) needs of this model")
+    attention = replace(make_task(dataset), make_model=lambda: models.vit(depth=1))
+    assert list(compare(attention, 0.5, ["fg-weights"], [0], (1.0,)).entries) == ["fg-weights"]
+
+
 def test_a_comparison_repeats_but_for_the_seconds(task):
     first, second = (compare(task, 4.0, ["fdfa", "mezo"], [0], (1.0,)) for _ in range(2))
     for key in ("fdfa", "mezo"):
@@ -220,6 +290,7 @@ def test_a_method_that_cannot_is_left_out_and_named(dataset):
         ({"seeds": [1, 1]}, "each seed once"),
         ({"seeds": [-1]}, "seed -1"),
         ({"lr_grid": [0.0]}, "0 as a factor of the learning rate"),
+        ({"lr_grid": [1e300]}, "1e\\+300 as a factor of the learning rate"),
         ({"lr_grid": []}, "at least one factor"),
         ({"budget": 0.0}, "must be positive"),
     ],
@@ -272,6 +343,20 @@ def test_ratios_of_forwards():
         ("mezo", "best"): (100, None, None),
         ("mezo", "near"): (100, None, None),
     }
+
+
+def test_a_best_at_the_end_of_the_budget_is_marked():
+    found = Comparison(100.0, (0,), (1.0,))
+    found.entries["mezo"] = make_entry("mezo", line((0, 0.1), (50, 0.5), (90, 0.5), (100, 0.6)))
+    found.entries["fdfa"] = make_entry("fdfa", line((0, 0.1), (5, 0.9), (90, 0.9), (100, 0.9)))
+    found.entries["auto"] = make_entry("auto", line((0, 0.1), (5, 0.7), (100, 0.9)))
+    rising = {one.method: one.rising for one in comparison_report.ratios(comparison_report.curves(found))}
+    assert rising == {"mezo": True, "fdfa": False}
+    shown = Console(width=160)
+    with shown.capture() as caught:
+        shown.print(comparison_report.ratios_table(found, "auto"))
+    assert "100.0+" in caught.get()
+    assert "still rising when the budget ended" in caught.get()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -349,6 +434,9 @@ def test_the_command_when_interrupted(tmp_path, monkeypatch):
         (("--data", "digit"), "Did you mean 'digits'"),
         (("--json", "/dev/null/x"), "cannot write /dev/null/x"),
         (("--plot", "/dev/null/x.svg"), "cannot write /dev/null/x.svg"),
+        (("--plot", "x.png"), "--plot x.png: the plot is SVG; name it x.svg"),
+        (("--model-option", "num_classes=5"), "'digits' has 10 classes"),
+        (("--data", "linear", "--model-option", "in_features=32"), "does not run on 'linear', whose inputs are (64,)"),
     ],
 )
 def test_mistakes_are_one_clean_message(arguments, message):

@@ -459,6 +459,8 @@ def test_axes_are_read_and_multiplied():
             parse_axis(wrong, known)
     with pytest.raises(OptionError, match="a value is there twice"):
         parse_axis("copies=4,4", known)
+    with pytest.raises(OptionError, match="a value is there twice"):
+        parse_axis("copies=8,08", known)
     with pytest.raises(UnknownNameError, match=r"unknown setting to sweep 'copys'\. Did you mean 'copies'"):
         parse_axis("copys=4", known)
     with pytest.raises(OptionError, match="sweep copies: it is there twice"):
@@ -603,6 +605,52 @@ def test_command_trains_what_it_measures(tmp_path: Path):
     assert json.loads(trained.read_text())["test_accuracy"] == sign["accuracies"][1][-1]
 
 
+def test_forwards_are_those_that_were_spent():
+    """With ``sampling="error"`` a part of the batch, and one more clean forward of that part."""
+    inputs, target = linear_data()
+    model = small_mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(200):
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), target).backward()
+        optimizer.step()
+    found = {}
+    for sampling in ("all", "error"):
+        settings = LikelihoodRatio(groups="joint", copies=16, sampling=sampling)
+        program = compiled(model, inputs, settings)
+        found[sampling] = measure(program, inputs, target, replicates=8).forwards
+        assert found[sampling] <= program.compiled.forwards + 1
+    assert found["all"] == pytest.approx(program.compiled.forwards)
+    assert 0 < found["error"] < 0.8 * found["all"]
+    probing = compiled(model, inputs, LikelihoodRatio.feedback_learned(probe=0.5, warmup=0))
+    assert measure(probing, inputs, target, replicates=8).forwards == pytest.approx(probing.compiled.forwards / 2)
+
+
+def test_an_interrupted_training_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    def diverges(*arguments: Any, **options: Any) -> None:
+        raise OptionError("it diverged")
+
+    file = tmp_path / "result.json"
+    monkeypatch.setattr(sys.modules["onward.cli.fidelity"], "train_with", interrupted)
+    call(*TINY, "--groups", "joint", "--copies", 4, "--train", 1, "--json", file, code=130)
+    result = json.loads(file.read_text())
+    assert result["interrupted"] is True
+    assert "cosine" in result["measured"][0]["whole"]
+    monkeypatch.setattr(sys.modules["onward.cli.fidelity"], "train_with", diverges)
+    output = call(*TINY, "--groups", "joint", "--sweep", "copies=4,8", "--train", 1, "--json", file).output
+    assert "copies=4: not trained. it diverged" in output
+    assert [one["untrained"] for one in json.loads(file.read_text())["measured"]] == ["it diverged"] * 2
+
+
+def test_a_model_that_does_not_fit_the_data_is_refused_and_the_others_go_on(tmp_path: Path):
+    output = call(*TINY, "--groups", "joint", "--copies", 4, "--sweep", "num_classes=10,5").output
+    assert "num_classes=5: not measured. Sequential returns (2, 5)" in output.replace("\n", " ")
+    assert "'digits' has 10 classes" in output.replace("\n", " ")
+
+
 def test_command_on_feedback_by_site(tmp_path: Path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "sites.svg"
@@ -658,6 +706,7 @@ def test_command_sweeps_the_model_and_stops_where_asked(tmp_path: Path, monkeypa
         (("mlp", "--sweep", "depth=0,-1"), "no combination could be measured. depth=0"),
         (("mlp", "--json", "/dev/null/result.json"), "cannot write /dev/null/result.json"),
         (("mlp", "--plot", "/dev/null/plot.svg"), "cannot write /dev/null/plot.svg"),
+        (("mlp", "--plot", "a.png"), "--plot a.png: the plot is SVG; name it a.svg"),
     ],
 )
 def test_mistakes_are_one_clean_message(arguments, message):

@@ -124,7 +124,7 @@ def test_a_step_is_the_weighted_sum_over_the_drawn_samples(changes: dict[str, An
 
 def test_the_mean_over_steps_is_the_whole_batch_s() -> None:
     """1,500 steps: the z-score of each of three coordinates is below 4.5 (once in 50,000 such tests), and an error of
-    3 % of the gradient's size would be 3 standard errors beyond that."""
+    4 % of the gradient's size would be 3 standard errors beyond that."""
     x, slope = sloped(12)
     model = Slopes()
     program = onward.compile(model, (x,), loss=linear, estimator=LikelihoodRatio(copies=2, sampling="error"), seed=1)
@@ -138,7 +138,30 @@ def test_the_mean_over_steps_is_the_whole_batch_s() -> None:
     stacked = torch.stack(found)
     error = stacked.std(0) / math.sqrt(len(found))
     assert ((stacked.mean(0) - expected).abs() < 4.5 * error).all()
-    assert (7.5 * error < 0.03 * expected.norm() * 3).all()
+    assert (7.5 * error < 0.04 * expected.norm()).all()
+
+
+def test_samples_whose_error_is_not_finite_are_all_perturbed() -> None:
+    """A finite loss may have an infinite derivative: square roots at 0."""
+    p = inclusion(torch.tensor([[math.inf, 0.0], [math.nan, 1.0], [1.0, 0.0], [0.0, 0.01], [0.0, 0.0]]))
+    assert p[:2].tolist() == [1, 1]
+    torch.testing.assert_close(p[2:], inclusion(torch.tensor([[1.0, 0.0], [0.0, 0.01], [0.0, 0.0]])))
+    assert inclusion(torch.full((3, 2), math.nan)).tolist() == [1, 1, 1]
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).abs()
+    x[0] = 0
+    model = nn.Linear(8, 2, bias=False)
+    nn.init.constant_(model.weight, 0.1)
+    program = onward.compile(
+        model,
+        (x,),
+        loss=lambda output, _: output.clamp_min(0).sqrt().sum(1),
+        estimator=LikelihoodRatio(copies=8, sampling="error"),
+    )
+    program.step(x, torch.zeros(16))
+    assert model.weight.grad is not None
+    assert model.weight.grad.isfinite().all()
+    assert program.forwards >= 0
+    assert 16 + 1 <= program.clean_forwards <= 2 * 16
 
 
 def test_it_costs_fewer_forwards_for_the_same_variance() -> None:

@@ -16,6 +16,7 @@ from typer import Argument, Option
 from ..compiler.files import check_writable, write_whole
 from ..evidence.comparison import LR_GRID, Comparison, Task, check, compare
 from ..evidence.comparison_report import SUBJECTS, plot, ratios_table, results_table, to_json
+from ..evidence.fitting import check_classifies
 from ..evidence.methods import METHODS
 from ..evidence.plots import require_matplotlib
 from ..evidence.provenance import describe, machine
@@ -159,6 +160,7 @@ def _compare(
     recipe = setup.recipe
     training = Training(0, batch_size or recipe.batch_size, recipe.lr, optimizer or recipe.optimizer)
     make_optimizer(setup.model, training)  # a mistake in it shows before the work
+    check_classifies(setup.model, setup.dataset)
     options = parse_options(common.model_option or [])
 
     def make_with(net: nn.Module, lr: float) -> torch.optim.Optimizer:
