@@ -20,7 +20,7 @@ demo: $(runtime)  ## train a ResNet-5 on digits without a backward pass, beside 
 	$(bin)/onward train --model resnet5 --data digits --compare-bp
 
 test: $(dev)  ## run the tests on two cores
-	OMP_NUM_THREADS=1 $(bin)/pytest -n 2
+	OMP_NUM_THREADS=1 $(bin)/pytest -n 2 --dist worksteal
 
 evidence: $(dev)  ## run every experiment of docs/evidence.md and write it anew (half an hour)
 	$(pip_install) -e '.[dev,mnist]'
