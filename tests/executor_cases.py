@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from typing import Any
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import onward
+from onward.compiler.driver import compile_model
+from onward.compiler.program import CompiledModel
 from onward.models.resnet import resnet5
 from onward.passes.errors import NonFiniteLossError
 from onward.runtime.execution.step import Step
@@ -102,6 +105,19 @@ CASES: dict[str, tuple[Any, Ratio]] = {
 
 def data_of(case: str) -> tuple[Tensor, Tensor]:
     return images() if "convolutions" in case else batch()
+
+
+def model_for(case: str) -> nn.Module:
+    """The case's model, each time anew with the same weights."""
+    torch.manual_seed(0)
+    model: nn.Module = CASES[case][0]()
+    return model
+
+
+@functools.cache
+def compiled_for(case: str) -> CompiledModel:
+    """Compiled once: graphs are data, which programs share, each with a model of its own."""
+    return compile_model(model_for(case), data_of(case)[0], CASES[case][1])
 
 
 def train(program: onward.Program, case: str, steps: int) -> list[Tensor]:

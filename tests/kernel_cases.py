@@ -27,6 +27,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import onward
+from onward.compiler.driver import compile_model
+from onward.compiler.program import CompiledModel
 from onward.passes import ops
 from onward.passes.graph import Layout
 from onward.runtime.feedback import NoiseRows, Probe
@@ -179,15 +181,21 @@ def other_checks() -> Iterator[tuple[str, Callable[[torch.device], None]]]:
     yield "any packing", check_any_packing
 
 
-def gradients(estimator: onward.LikelihoodRatio, device: torch.device) -> Tensor:
-    """Of the second step of a small net."""
+def small_net(device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
+    """And a batch."""
     x, y = torch.rand(5, 1, 6, 6, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 0, 1])
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 7), nn.ReLU(), nn.Linear(7, 3))
-    program = onward.compile(model.to(device), x.to(device), loss=F.cross_entropy, estimator=estimator)
+    return model.to(device), x.to(device), y.to(device)
+
+
+def gradients(compiled: CompiledModel, device: torch.device) -> Tensor:
+    """Of the second step of the small net."""
+    model, x, y = small_net(device)
+    program = onward.Program(model, compiled, F.cross_entropy, 0)
     for _ in range(2):
         model.zero_grad()
-        program.step(x.to(device), y.to(device))
+        program.step(x, y)
     return torch.cat([parameter.grad.flatten().cpu() for parameter in model.parameters()])
 
 
@@ -204,10 +212,11 @@ def steps() -> Iterator[tuple[str, onward.LikelihoodRatio, set[str]]]:
 
 def check_step(estimator: onward.LikelihoodRatio, used: set[str], device: torch.device) -> None:
     """Training steps with kernels in the place of the definitions: those that should be used are, and all hold."""
+    compiled = compile_model(*small_net(device)[:2], estimator)
     with mock.patch.object(proof, "proved", lambda kernel, *args: kernel.definition(*args)):
-        expected = gradients(estimator, device)
+        expected = gradients(compiled, device)
     proof._verdicts.clear()
-    actual = gradients(estimator, device)
+    actual = gradients(compiled, device)
     assert {kind[0] for kind in proof._verdicts} == used, proof._verdicts
     assert all(proof._verdicts.values()), proof._verdicts
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)

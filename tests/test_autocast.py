@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from executor_cases import CASES, data_of, mlp, same
+from executor_cases import CASES, compiled_for, data_of, mlp, model_for, same
 from torch import Tensor, nn
 
 import onward
@@ -31,16 +31,14 @@ def gradient(program: onward.Program, case: str, dtype: torch.dtype | None) -> T
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_float32_but_for_rounding(case: str) -> None:
-    torch.manual_seed(0)
-    model = CASES[case][0]()
     seen = []
 
     def loss(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         seen.append(output.dtype)
         return F.cross_entropy(output, target, reduction=reduction)
 
-    narrow = onward.compile(model, data_of(case)[0], loss=loss, estimator=CASES[case][1], seed=3)
-    wide = onward.Program(copy.deepcopy(model), narrow.compiled, F.cross_entropy, 3)
+    narrow = onward.Program(model_for(case), compiled_for(case), loss, 3)
+    wide = onward.Program(model_for(case), narrow.compiled, F.cross_entropy, 3)
     expected, found = gradient(wide, case, None), gradient(narrow, case, torch.bfloat16)
     assert set(seen) == {torch.bfloat16}
     assert expected.norm() > 0

@@ -7,6 +7,7 @@ probability at most ``1 / c``.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import onward
+from onward.compiler.driver import compile_model
+from onward.compiler.program import CompiledModel
 from onward.passes import ops
 from onward.passes.errors import CheckpointError, LossShapeError, NonFiniteLossError, OptionError, UnsupportedModelError
 from onward.passes.find_sites import Site
@@ -238,13 +241,24 @@ def data(samples: int = 6) -> tuple[Tensor, Tensor]:
     return torch.randn(samples, 4, generator=generator, dtype=DOUBLE), torch.arange(samples) % 3
 
 
+def default_model() -> nn.Module:
+    torch.manual_seed(0)
+    return mlp(4, 6, 5, 3)
+
+
+@functools.cache
+def compiled_for(estimator: onward.LikelihoodRatio) -> CompiledModel:
+    """The default model's graphs, which are data and hold no loss: programs share them."""
+    return compile_model(default_model(), data()[0], estimator)
+
+
 def program_for(
     model: nn.Module | None = None, x: Any = None, loss: Any = F.cross_entropy, seed: int = 0, **settings: Any
 ) -> onward.Program:
-    if model is None:
-        torch.manual_seed(0)
-        model = mlp(4, 6, 5, 3)
     estimator = onward.LikelihoodRatio.feedback_learned(**{"warmup": 0, **settings})
+    if model is None and x is None:
+        return onward.Program(default_model(), compiled_for(estimator), loss, seed)
+    model = default_model() if model is None else model
     return onward.compile(model, data()[0] if x is None else x, loss=loss, estimator=estimator, seed=seed)
 
 

@@ -29,9 +29,7 @@ from onward.runtime.traced_loss import LossInputs, trace_loss
 
 
 def program_for(case: str) -> onward.Program:
-    make, estimator = cases.CASES[case]
-    torch.manual_seed(0)
-    return onward.compile(make(), cases.data_of(case)[0], loss=F.cross_entropy, estimator=estimator, seed=3)
+    return onward.Program(cases.model_for(case), cases.compiled_for(case), F.cross_entropy, seed=3)
 
 
 @pytest.mark.parametrize("case", cases.CASES)

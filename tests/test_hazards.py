@@ -283,11 +283,12 @@ class TestHazard10BatchNormalisation:
         """Each copy of a chunk is what it is alone, so a sample's loss belongs to its own noise."""
         x, target = torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
         estimator = onward.LikelihoodRatio(copies=4, groups=groups, sigma=1.0)
+        compiled = compile_model(self.model().double(), x.double(), estimator)
         results = []
         for chunk in (None, 2):
             model = self.model().double()
-            chunked = replace(estimator, chunk=chunk)
-            program = onward.compile(model, x.double(), loss=F.cross_entropy, estimator=chunked)
+            chunked = replace(compiled, estimator=replace(estimator, chunk=chunk))
+            program = onward.Program(model, chunked, F.cross_entropy, 0)
             program.step(x.double(), target)
             results.append([parameter.grad for parameter in model.parameters()])
         for a, b in zip(*results, strict=True):

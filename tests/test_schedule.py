@@ -1,5 +1,6 @@
 """Tasks and schedules: properties over random graphs of tasks, and the tasks of real programs."""
 
+import functools
 import itertools
 from random import Random
 
@@ -144,6 +145,7 @@ SETTINGS = {
 }
 
 
+@functools.cache
 def compiled_shared(setting: str) -> CompiledModel:
     torch.manual_seed(0)
     return compile_model(Shared(), torch.randn(4, 6), SETTINGS[setting])

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import copy
-import functools
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from executor_cases import CASES, Ratio, batch, check_that_failed_steps_leave_nothing, data_of, mlp, same, train
+from executor_cases import (
+    CASES,
+    Ratio,
+    batch,
+    check_that_failed_steps_leave_nothing,
+    compiled_for,
+    data_of,
+    mlp,
+    model_for,
+    same,
+    train,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from stream_recorder import FakeDevice, Recording
-from torch import Tensor, nn
+from torch import Tensor
 
 import onward
-from onward.compiler.program import CompiledModel
 from onward.passes.errors import NonFiniteLossError, OptionError
 from onward.runtime.execution import bound as bound_module
 from onward.runtime.execution import streams as stream_module
@@ -150,19 +159,10 @@ def test_what_is_wrong_with_a_plan_is_named(issues: tuple[Issue, ...], message: 
 # --- the executor -----------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def compiled(case: str) -> tuple[nn.Module, CompiledModel]:
-    """Compiled once: programs share it, each with a model of its own."""
-    make, estimator = CASES[case]
-    torch.manual_seed(0)
-    model = make()
-    return model, onward.compile(model, data_of(case)[0], loss=F.cross_entropy, estimator=estimator).compiled
-
-
 def pair(case: str, streams: int = 3, loss: Any = F.cross_entropy) -> tuple[onward.Program, onward.Program]:
     """The same program for the serial executor and for that of streams."""
-    model, shared = compiled(case)
-    serial, streamed = (onward.Program(copy.deepcopy(model), shared, loss, 3) for _ in range(2))
+    shared = compiled_for(case)
+    serial, streamed = (onward.Program(model_for(case), shared, loss, 3) for _ in range(2))
     streamed.executor = StreamedExecutor(shared, streamed.sigmas, streams)
     return serial, streamed
 
@@ -392,7 +392,7 @@ def test_a_cpu_has_no_streams() -> None:
 
 
 def test_on_a_gpu_streams_come_before_workers() -> None:
-    _, found = compiled("layerwise")
+    found = compiled_for("layerwise")
     leaves = tuple(
         (shape, dtype, torch.device("cuda"), *rest) for shape, dtype, _, *rest in found.captured.signature.leaves
     )

@@ -15,7 +15,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from executor_cases import CASES, Ratio, batch, check_that_failed_steps_leave_nothing, data_of, mlp, same, train
+from executor_cases import (
+    CASES,
+    Ratio,
+    batch,
+    check_that_failed_steps_leave_nothing,
+    compiled_for,
+    mlp,
+    model_for,
+    same,
+    train,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,13 +49,8 @@ def one_thread() -> Iterator[None]:
 
 def pair(case: str, workers: int = 2, loss: Any = F.cross_entropy) -> tuple[onward.Program, onward.Program]:
     """The same program for the serial and the threaded executor."""
-    make, estimator = CASES[case]
-    torch.manual_seed(0)
-    model = make()
-    twin = copy.deepcopy(model)
-    x, _ = data_of(case)
-    serial = onward.compile(model, x, loss=loss, estimator=estimator, seed=3)
-    threaded = onward.Program(twin, serial.compiled, loss, 3, workers=workers)
+    serial = onward.Program(model_for(case), compiled_for(case), loss, 3)
+    threaded = onward.Program(model_for(case), serial.compiled, loss, 3, workers=workers)
     assert isinstance(threaded.executor, ThreadedExecutor)
     threaded.executor.concurrent = True
     return serial, threaded
