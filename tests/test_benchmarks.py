@@ -106,12 +106,12 @@ def test_step_runs(tmp_path: Path) -> None:
     written = tmp_path / "step.json"
     printed = run(
         "step.py", "--models", "mlp", "--copies", "2", "--batch", "4", "--repeats", "2", "--threads", "1", "--profile",
-        "--settings", "joint exact", "joint alr", "learned", "--json", str(written),
+        "--settings", "joint alr", "learned", "--json", str(written),
     )  # fmt: skip
     assert "÷ limit" in printed
     assert "noise" in printed
     result = json.loads(written.read_text())
-    assert [row["setting"] for row in result["rows"]] == ["joint exact", "joint alr", "learned"]
+    assert [row["setting"] for row in result["rows"]] == ["joint alr", "learned"]
     for row in result["rows"]:
         assert row["step_over_limit"]["low"] > 0
         assert row["peak_mib"] >= 0
