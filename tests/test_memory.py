@@ -6,6 +6,7 @@ arrays; arithmetic on sizes.
 
 from __future__ import annotations
 
+import functools
 import gc
 import tracemalloc
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 import onward
 from onward import LikelihoodRatio, models
+from onward.compiler.driver import compile_model
+from onward.compiler.program import CompiledModel
 from onward.passes import ops
 from onward.passes.errors import OptionError
 from onward.runtime.execution.step import Step
@@ -79,12 +82,24 @@ def vit() -> tuple[nn.Module, Tensor]:
     return models.vit(width=32, depth=1), torch.randn(64, 1, 8, 8)
 
 
+@functools.cache
+def graphs_of(make: Callable[[], tuple[nn.Module, Tensor]], estimator: LikelihoodRatio) -> CompiledModel:
+    """Compiled once: many tests look at the same program from different sides."""
+    torch.manual_seed(0)
+    model, inputs = make()
+    return compile_model(model, inputs, estimator)
+
+
 def compiled(
     make: Callable[[], tuple[nn.Module, Tensor]], estimator: LikelihoodRatio, **options: Any
 ) -> tuple[onward.Program, Tensor, Tensor]:
+    graphs = None if options else graphs_of(make, estimator)
     torch.manual_seed(0)
     model, inputs = make()
-    program = onward.compile(model, inputs, loss=F.cross_entropy, estimator=estimator, seed=1, **options)
+    if graphs is None:
+        program = onward.compile(model, inputs, loss=F.cross_entropy, estimator=estimator, seed=1, **options)
+    else:
+        program = onward.Program(model, graphs, F.cross_entropy, 1)
     return program, inputs, torch.randint(10, (len(inputs),))
 
 
@@ -450,6 +465,16 @@ def test_with_workers_the_prediction_is_a_bound(case: str) -> None:
 # --- nothing leaks ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def usual_collector():
+    """Python's own thresholds, not those of the tests: with them garbage waits for less than the steps before."""
+    before = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
+    yield
+    gc.set_threshold(*before)
+
+
+@pytest.mark.usefixtures("usual_collector")
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's count of resident pages")
 @pytest.mark.parametrize("estimator", [LikelihoodRatio(groups="joint", copies=4), LikelihoodRatio.auto()], ids=str)
 def test_thousands_of_steps_leave_nothing_behind(estimator: LikelihoodRatio) -> None:
