@@ -52,7 +52,7 @@ class Candidate:
     lr: float
     settings: Mapping[str, Any]
     accuracy: float
-    """The best of the run."""
+    """Where the run has settled (`Curve.settled`)."""
     mean: float
     """The mean of its marks."""
     ended: str
@@ -203,17 +203,17 @@ def tune(
 ) -> tuple[Candidate, ...]:
     """Run every point of the method's grid on a split of the training data; the best first.
 
-    The best is the one with the highest accuracy of its marks, then with the highest mean. Each has the whole budget:
-    a part of it would choose learning rates that are too high for the whole.
+    The best is the one that settles highest, then with the highest mean; one that diverges is behind all others. Each
+    has the whole budget: a part of it would choose learning rates that are too high for the whole.
     """
     dataset = validation_split(task.dataset, seed)
     points = list(grid(method, task.lr, lr_grid))
     candidates = []
     for number, (lr, settings) in enumerate(points):
         curve, _ = _run(task, method, dataset, seed, lr, settings, budget)
-        candidates.append(Candidate(lr, settings, curve.best, curve.mean, curve.ended))
+        candidates.append(Candidate(lr, settings, curve.settled, curve.mean, curve.ended))
         advance((number + 1) / len(points))
-    return tuple(sorted(candidates, key=lambda one: (-one.accuracy, -one.mean)))
+    return tuple(sorted(candidates, key=lambda one: (bool(one.ended), -one.accuracy, -one.mean)))
 
 
 def _enter(task: Task, key: str, found: Comparison, advance: Callable[[str, float], None]) -> Entry:

@@ -21,6 +21,9 @@ from ..runtime.training.update import check_weights, update
 NUM_MARKS = 30
 """Marks of a run, evenly spaced in the logarithm of the forwards."""
 
+SETTLED = 8
+"""Marks that say where a run has settled: of a budget the part from about a quarter on."""
+
 FIRST_MARK = 5e-3
 """The first mark as a share of the budget."""
 
@@ -50,6 +53,12 @@ class Curve:
     def best(self) -> float:
         """The highest accuracy of the run."""
         return max(point.accuracy for point in self.points)
+
+    @property
+    def settled(self) -> float:
+        """The mean accuracy of the last `SETTLED` marks: a single mark has the luck of a moment."""
+        last = self.points[-SETTLED:]
+        return sum(point.accuracy for point in last) / len(last)
 
     @property
     def mean(self) -> float:

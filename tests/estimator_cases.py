@@ -30,6 +30,19 @@ SiteGradient = Callable[[Array, Array, dict[str, Array]], Gradients]
 """``(captured activation, cotangent, parameters) -> gradients``."""
 
 
+class Point(nn.Module):
+    """``z`` for every sample, as a parameter row of its own: a step is one independent estimate a row."""
+
+    def __init__(self, samples: int, z: list[float]) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(samples, len(z), dtype=torch.float64)
+        with torch.no_grad():
+            self.rows.weight.copy_(torch.tensor(z, dtype=torch.float64).expand(samples, -1))
+
+    def forward(self, index: Tensor) -> Any:
+        return self.rows(index)
+
+
 class At(Protocol):
     """The hand-written forward's hook at a site."""
 

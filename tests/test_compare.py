@@ -164,6 +164,20 @@ def test_the_grid_is_of_one_size_and_the_best_is_chosen(task):
     assert found[0].accuracy > found[1].accuracy + 0.2
 
 
+def test_where_a_run_settles_decides_and_not_a_lucky_mark(task, monkeypatch):
+    runs = {
+        0.01: Curve((Point(0, 0, 0.1), *(Point(k, k, 0.8) for k in range(1, 12)))),
+        0.02: Curve((Point(0, 0, 0.1), Point(1, 1, 0.95), *(Point(k, k, 0.7) for k in range(2, 12)))),
+        0.03: Curve((Point(0, 0, 0.1), Point(1, 1, 0.99)), "the loss became NaN"),
+    }
+    assert runs[0.01].settled == pytest.approx(0.8)
+    assert runs[0.02].settled == pytest.approx(0.7)
+    monkeypatch.setattr(comparison, "race", lambda program, uncounted, optimizer, *rest: runs[
+        round(optimizer.param_groups[0]["lr"], 6)
+    ])  # fmt: skip
+    assert [one.lr for one in tune(task, METHODS["bp"], 24.0, 3, (3.0, 2.0, 1.0))] == [0.01, 0.02, 0.03]
+
+
 def test_too_few_samples_to_hold_some_out(dataset):
     tiny = replace(dataset, train=TensorDataset(*(tensor[:2] for tensor in dataset.train.tensors)))
     with pytest.raises(OptionError, match="2 training samples: too few"):

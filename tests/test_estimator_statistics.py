@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from estimator_cases import Point
 from torch import Tensor, nn
 
 import onward
@@ -48,19 +49,6 @@ SIGMA = 0.5
 def phi(x: float) -> float:
     """The normal density."""
     return math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-
-
-class Point(nn.Module):
-    """``z`` for every sample, as a parameter row of its own."""
-
-    def __init__(self, samples: int, z: list[float]) -> None:
-        super().__init__()
-        self.rows = nn.Embedding(samples, len(z), dtype=torch.float64)
-        with torch.no_grad():
-            self.rows.weight.copy_(torch.tensor(z, dtype=torch.float64).expand(samples, -1))
-
-    def forward(self, index: Tensor) -> Any:
-        return self.rows(index)
 
 
 @functools.cache

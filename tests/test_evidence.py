@@ -31,7 +31,9 @@ def load(name: str) -> ModuleType:
         sys.path.remove(folder)
 
 
-experiments, reading, claims, page = (load(name) for name in ("experiments", "reading", "claims", "page"))
+experiments, reading, judges, claims, page = (
+    load(name) for name in ("experiments", "reading", "judges", "claims", "page")
+)
 
 
 # --- the tables -------------------------------------------------------------------------------------------------------
@@ -146,7 +148,7 @@ def test_a_bias_is_one_beyond_that_of_exact_captures(bias: float, verdict: str) 
             ({"capture": "sign", "copies": 512}, fidelity(bias)), ({"capture": "exact", "copies": 512}, fidelity(0.01))
         ),
     }
-    found = claims.sign_encoding_is_unbiased(results)
+    found = judges.sign_encoding_is_unbiased(results)
     assert found.verdict == verdict
     assert reading.show(estimate(bias)) in found.found
 
@@ -158,7 +160,7 @@ def test_one_slope_that_is_off_is_named(slope: float, verdict: str) -> None:
         return experiments.Result("", "", 1.0, "", {"measured": [], "scaling": [line]})
 
     results = dict.fromkeys(("noise", "places", "groups", "bits", "feedback"), of(-0.5, capture="stochastic"))
-    found = claims.slopes_are_one_half(results | {"samples": of(slope, sampling="error")})
+    found = judges.slopes_are_one_half(results | {"samples": of(slope, sampling="error")})
     assert found.verdict == verdict
     assert ("sampling error (-0.20)" in found.found) == (verdict == "in part")
 
@@ -168,7 +170,7 @@ def test_one_slope_that_is_off_is_named(slope: float, verdict: str) -> None:
 )
 def test_a_point_of_accuracy_decides(sign: float, mnist: float, verdict: str) -> None:
     results = races(exact=0.965, sign=sign) | {"mnist": races(exact=0.965, sign=mnist)["mnist"]}
-    assert claims.one_bit_loses_nothing(results).verdict == verdict
+    assert judges.one_bit_loses_nothing(results).verdict == verdict
 
 
 @pytest.mark.parametrize(("times", "verdict"), [(12.0, "holds"), (9.0, "does not hold"), (None, "does not hold")])
@@ -176,13 +178,14 @@ def test_forwards_are_compared_where_both_get_there(times: float | None, verdict
     subject = None if times is None else 100 / times
     ratios = [
         {"method": "sign", "subject": "auto", "goal": goal, "accuracy": 0.9, "forwards": 100.0,
-         "subject_forwards": subject, "times": times}
+         "subject_forwards": subject, "times": times, "rising": True}
         for goal in ("best", "near")
     ]  # fmt: skip
     result = experiments.Result("", "", 1.0, "", {"ratios": ratios})
-    found = claims.forwards_to_sign({"digits": result, "mnist": result})
+    found = judges.forwards_to_sign({"digits": result, "mnist": result})
     assert found.verdict == verdict
     assert ("never" in found.found) == (times is None)
+    assert "still rising when the budget ended" in found.found
 
 
 def test_runs_are_averaged_by_case_and_row() -> None:
@@ -194,16 +197,16 @@ def test_runs_are_averaged_by_case_and_row() -> None:
         for seed in (0, 1)
     ]  # fmt: skip
     results = {"accuracy": experiments.Result("", "", 1.0, "", {"runs": runs})}
-    assert claims.near_backpropagation(results).verdict == "in part"
-    assert "`vit` 0.905 (-0.050)" in claims.near_backpropagation(results).found
-    assert claims.few_forwards(results).verdict == "holds"
-    assert "`mlp` 2.0" in claims.time_beside_backpropagation(results).found
+    assert judges.near_backpropagation(results).verdict == "in part"
+    assert "`vit` 0.905 (-0.050)" in judges.near_backpropagation(results).found
+    assert judges.few_forwards(results).verdict == "holds"
+    assert "`mlp` 2.0" in judges.time_beside_backpropagation(results).found
 
 
 def test_failed_tests_are_no_proof() -> None:
     for output, verdict in (("5 passed in 1s", "holds"), ("1 failed, 4 passed in 1s", "does not hold")):
         result = experiments.Result("", "", 1.0, output, None)
-        assert claims.tests_pass({"tests": result}).verdict == verdict
+        assert judges.tests_pass({"tests": result}).verdict == verdict
 
 
 def test_the_page_alone_needs_what_was_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from estimator_cases import Point
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -164,22 +165,9 @@ def test_intervals_hold_the_truth(spectrum, size):
 # --- closed forms -----------------------------------------------------------------------------------------------------
 
 
-class Rows(nn.Module):
-    """``z`` for every sample, as a parameter row of its own: a step is one independent estimate a row."""
-
-    def __init__(self, samples: int, z: list[float]) -> None:
-        super().__init__()
-        self.rows = nn.Embedding(samples, len(z), dtype=torch.float64)
-        with torch.no_grad():
-            self.rows.weight.copy_(torch.tensor(z, dtype=torch.float64).expand(samples, -1))
-
-    def forward(self, index: Tensor) -> Any:
-        return self.rows(index)
-
-
 def of_rows(loss: Callable[[Tensor, Any], Tensor], z: list[float], **settings: Any) -> Fidelity:
     index = torch.arange(400)
-    program = compiled(Rows(400, z), (index,), LikelihoodRatio(**settings), loss)
+    program = compiled(Point(400, z), (index,), LikelihoodRatio(**settings), loss)
     return measure(program, index, index, replicates=32)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from claims import CLAIMS, Finding
+from claims import CLAIMS
 from experiments import EXPERIMENTS, Experiment, Result
+from judges import Finding
 from reading import Results, measured, show, spread
 
 from onward.evidence.fidelity_report import spread as spread_of
@@ -52,9 +53,10 @@ def write(results: Results, folder: Path, minutes: float | None) -> dict[str, Fi
     machine = next(result.data["machine"] for result in results.values() if result.data)
     seconds = sum(result.seconds for result in results.values())
     duration = (
-        f"All commands took {minutes:.0f} minutes" if minutes else "Some results are of an earlier run; commands took"
+        f"All commands together took {minutes:.0f} minutes."
+        if minutes
+        else f"They were not run in one go: {seconds / 60:.0f} minutes, added up, on a machine that had other work."
     )
-    duration += f", {seconds / 60:.0f} minutes one after the other."
     parts = [INTRODUCTION.format(machine=describe(machine), duration=duration)]
     for claim in CLAIMS:
         found = findings[claim.text]
@@ -151,15 +153,16 @@ def _comparison(data: Mapping[str, Any], result: Result) -> str:
                 METHODS[key].name,
                 settings,
                 f"{top['accuracy']:.4f} [{top['low']:.4f}, {top['high']:.4f}]",
-                f"{top['forwards']:.1f}",
+                f"{method['mean'][-1]['accuracy']:.4f}",
+                f"{top['forwards']:.1f}{'+' if (key, 'best') in pairs and pairs[key, 'best']['rising'] else ''}",
                 f"{top['seconds']:.1f}",
                 *("–" if value is None else f"{value:.1f}" for value in times),
             ]
         )
-    header = ["method", "chosen", "best mean accuracy [least, most]", "forwards to it", "seconds to it"]
+    header = ["method", "chosen", "best mean accuracy [least, most]", "in the end", "forwards to it", "seconds to it"]
     return (
         f"Adam, batches of {data['task']['batch_size']}, {data['task']['samples']:,} training samples; "
-        f"forwards are counted for each.\n\n"
+        f"forwards are counted for each. {data['convention']} +: still rising when the budget ended.\n\n"
         + _markdown([*header, "÷ `auto`'s to the same", "÷, one point below"], rows)
         + "".join(f"\n{METHODS[key].name} left out: {reason}\n" for key, reason in data["refused"].items())
     )
