@@ -120,9 +120,10 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Experiment(
         "feedback",
         "Learned feedback: predicted, corrected",
-        "No pull-back at all (`reach 0`, every operation its own subgraph), after 400 steps of learning.",
-        "onward fidelity mlp --after 1 --reach 0 --segments op --learn 400 --sweep correction=none,shrunk,full "
-        "--sweep copies=2,8,32,128",
+        "No pull-back at all (`reach 0`, every operation its own subgraph), after 400 steps of learning. σ is small, "
+        "so that its smoothing is: `sigma=auto`, which is for learning, takes a larger one.",
+        "onward fidelity mlp --after 1 --reach 0 --segments op --learn 400 --sigma 0.02 "
+        "--sweep correction=none,shrunk,full --sweep copies=2,8,32,128",
         plots=True,
     ),
     Experiment(
