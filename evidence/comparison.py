@@ -89,12 +89,7 @@ class Comparison:
     @property
     def tuning_seed(self) -> int:
         """The seed of the tuning's weights, batches, noise and split; none of the reported ones."""
-        return tuning_seed(self.seeds)
-
-
-def tuning_seed(seeds: Sequence[int]) -> int:
-    """One that is not among them."""
-    return max(seeds) + 1
+        return max(self.seeds) + 1
 
 
 def grid(method: Method, lr: float, lr_grid: Sequence[float]) -> Iterator[tuple[float, dict[str, Any]]]:

@@ -6,6 +6,7 @@ import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..passes.errors import OptionError
 
@@ -43,6 +44,13 @@ def require_matplotlib() -> None:
             f"plots need matplotlib, which cannot be imported ({error}). Install it with: pip install 'onward[plots]'. "
             "Tables and JSON do not need it."
         ) from error
+
+
+def check_plot(file: Path) -> None:
+    """Raise `OptionError` unless a plot can be drawn for `file`: before the work, not after it."""
+    if file.suffix not in ("", ".svg"):
+        raise OptionError(f"--plot {file}: the plot is SVG; name it {file.with_suffix('.svg').name}.")
+    require_matplotlib()
 
 
 def to_svg(panels: Sequence[Panel], caption: str, columns: int = 2) -> str:

@@ -50,11 +50,6 @@ class Curve:
     """Why the run ended before its budget was spent: what became NaN or infinite; else empty."""
 
     @property
-    def best(self) -> float:
-        """The highest accuracy of the run."""
-        return max(point.accuracy for point in self.points)
-
-    @property
     def settled(self) -> float:
         """The mean accuracy of the last `SETTLED` marks: a single mark has the luck of a moment."""
         last = self.points[-SETTLED:]

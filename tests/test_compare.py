@@ -464,7 +464,7 @@ def test_matplotlib_is_asked_for_before_the_work(monkeypatch, tmp_path):
     def missing():
         raise OptionError("plots need matplotlib")
 
-    monkeypatch.setattr("onward.cli.compare.require_matplotlib", missing)
+    monkeypatch.setattr("onward.evidence.plots.require_matplotlib", missing)
     assert "plots need matplotlib" in call("compare", *TINY, "--plot", tmp_path / "a.svg", code=2).stderr
 
 

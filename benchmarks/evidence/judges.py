@@ -8,8 +8,21 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean
 
-from reading import Results, best, measured, ratio, runs, show, spread, squared_errors, variance, whole
+from reading import (
+    Results,
+    best,
+    cases,
+    measured,
+    ratio,
+    runs,
+    show,
+    show_share,
+    squared_errors,
+    variance,
+    whole,
+)
 
+from onward.evidence.fidelity_report import spread
 from onward.evidence.methods import METHODS
 
 HOLDS, PARTLY, FAILS = "holds", "in part", "does not hold"
@@ -36,8 +49,7 @@ def sign_encoding_is_unbiased(results: Results) -> Finding:
     return Finding(
         HOLDS if unbiased else FAILS,
         f"Bias of `alr` {show(sign)} of the gradient's length on `mlp`, of exact captures {show(exact)} (the "
-        f"smoothing by "
-        f"σ); on a linear model {show(linear)} and {show(reference)}.",
+        f"smoothing by σ); on a linear model {show(linear)} and {show(reference)}.",
     )
 
 
@@ -100,8 +112,7 @@ def correction_is_unbiased(results: Results) -> Finding:
     return Finding(
         HOLDS if ok else FAILS,
         f"Bias {show(none['bias'])} predicted and {show(full['bias'])} corrected with 128 copies; the "
-        f"deviation that costs "
-        f"is {full['deviation']['value']:.2f} there and {few:.1f} with 2.",
+        f"deviation that costs is {full['deviation']['value']:.2f} there and {few:.1f} with 2.",
     )
 
 
@@ -225,8 +236,7 @@ def activities_beat_weights(results: Results) -> Finding:
     return Finding(
         _all([a > b for a, b in pairs.values()] + [output < weight]),
         f"Forward gradients, best accuracy: {told}. Likelihood ratio: variance of noise on the weights "
-        f"{weight / output:.1f} "
-        "times that of noise on the outputs, 128 copies.",
+        f"{weight / output:.1f} times that of noise on the outputs, 128 copies.",
     )
 
 
@@ -267,7 +277,7 @@ def baselines(results: Results) -> Finding:
     found = squared_errors(results["variance"], "15 epochs, 32 copies")
     names = ("no baseline", "mean of the batch", "leave one out", "clean loss")
     values = {name: found[f"one-sided, {name}"] for name in names}
-    told = ", ".join(f"{name} {value:.2f}" if value < 100 else f"{name} {value:.0f}" for name, value in values.items())
+    told = ", ".join(f"{name} {show_share(value)}" for name, value in values.items())
     return Finding(
         HOLDS if values["clean loss"] == min(values.values()) else PARTLY,
         f"Mean squared error over that of antithetic pairs: {told}. In the library: the clean loss.",
@@ -289,25 +299,23 @@ def learned_sigma(results: Results) -> Finding:
 
 def near_backpropagation(results: Results) -> Finding:
     found = results["accuracy"]
-    cases = list(dict.fromkeys(one["case"] for one in found.data["runs"]))
-    lost = {case: mean(runs(found, case, "bp")) - mean(runs(found, case, "auto")) for case in cases}
+    lost = {case: mean(runs(found, case, "bp")) - mean(runs(found, case, "auto")) for case in cases(found)}
     told = ", ".join(f"`{case}` {mean(runs(found, case, 'auto')):.3f} ({-value:+.3f})" for case, value in lost.items())
     return Finding(_all([value <= 0.005 for value in lost.values()]), f"Accuracy, and beside backpropagation: {told}.")
 
 
 def few_forwards(results: Results) -> Finding:
     found = results["accuracy"]
-    cases = list(dict.fromkeys(one["case"] for one in found.data["runs"]))
-    spent = {case: mean(runs(found, case, "auto", "perturbed_forwards")) for case in cases}
+    spent = {case: mean(runs(found, case, "auto", "perturbed_forwards")) for case in cases(found)}
     told = ", ".join(f"`{case}` {value:.2f}" for case, value in spent.items())
     return Finding(_all([value < 4 for value in spent.values()]), f"Perturbed forwards a sample and step: {told}.")
 
 
 def time_beside_backpropagation(results: Results) -> Finding:
     found = results["accuracy"]
-    cases = list(dict.fromkeys(one["case"] for one in found.data["runs"]))
     times = {
-        case: mean(runs(found, case, "auto", "seconds")) / mean(runs(found, case, "bp", "seconds")) for case in cases
+        case: mean(runs(found, case, "auto", "seconds")) / mean(runs(found, case, "bp", "seconds"))
+        for case in cases(found)
     }
     told = ", ".join(f"`{case}` {value:.1f}" for case, value in times.items())
     return Finding(_all([value > 1 for value in times.values()]), f"Seconds of a run over backpropagation's: {told}.")
@@ -348,8 +356,7 @@ def variance_grows_with_depth(results: Results) -> Finding:
     return Finding(
         HOLDS if all(a < b for a, b in pairwise(plain)) else PARTLY,
         f"Variance of 32 copies over the squared gradient, 3, 6, 9, 12 layers: {told}. Learned feedback with a "
-        f"reach of 1 "
-        f"has a cosine of {cosines} there.",
+        f"reach of 1 has a cosine of {cosines} there.",
     )
 
 

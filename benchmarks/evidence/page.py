@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from claims import CLAIMS
 from experiments import EXPERIMENTS, Experiment, Result
 from judges import Finding
-from reading import Results, measured, show, spread
+from reading import Results, measured, runs, show, show_share, squared_errors
 
-from onward.evidence.fidelity_report import spread as spread_of
+from onward.evidence.fidelity_report import spread
 from onward.evidence.methods import METHODS
 from onward.evidence.plots import Panel, Series, to_svg
 from onward.evidence.provenance import describe
@@ -121,10 +122,8 @@ def _fidelity(data: Mapping[str, Any], result: Result) -> str:
         row += [show(line["deviation"]), show(line["error"])]
         trained = [one for one in of if "trained" in one]
         if trained:
-            accuracies = {one["settings"]["copies"]: one["trained"]["accuracies"] for one in trained}
-            row.append(
-                "; ".join(f"{copies}: {spread_of([run[-1] for run in runs])}" for copies, runs in accuracies.items())
-            )
+            ends = {one["settings"]["copies"]: [run[-1] for run in one["trained"]["accuracies"]] for one in trained}
+            row.append("; ".join(f"{copies}: {spread(values)}" for copies, values in ends.items()))
         rows.append(row)
     header = [
         *lines[0]["settings"],
@@ -172,21 +171,16 @@ def _accuracy(data: Mapping[str, Any], result: Result) -> str:
     keys = list(dict.fromkeys((one["case"], one["row"]) for one in data["runs"]))
     rows = []
     for case, row in keys:
-        of = [one for one in data["runs"] if (one["case"], one["row"]) == (case, row)]
-        numbers = {name: [one[name] for one in of] for name in ("test_accuracy", "perturbed_forwards", "seconds")}
-        perturbed = "–" if row == "bp" else f"{sum(numbers['perturbed_forwards']) / len(of):.2f}"
-        rows.append(
-            [case, row, spread(numbers["test_accuracy"]), perturbed, f"{sum(numbers['seconds']) / len(of):.1f}"]
-        )
+        perturbed = "–" if row == "bp" else f"{mean(runs(result, case, row, 'perturbed_forwards')):.2f}"
+        seconds = f"{mean(runs(result, case, row, 'seconds')):.1f}"
+        rows.append([case, row, spread(runs(result, case, row)), perturbed, seconds])
     return _markdown(["model", "method", "test accuracy", "perturbed forwards", "seconds"], rows)
 
 
 def _variance(data: Mapping[str, Any], result: Result) -> str:
     columns = list(data["errors"])
-    rows = []
-    for name in data["errors"][columns[0]]:
-        shares = [sum(data["errors"][at][name]) / sum(data["errors"][at]["antithetic"]) for at in columns]
-        rows.append([name, *(f"{share:.2f}" if share < 100 else f"{share:.0f}" for share in shares)])
+    shares = [squared_errors(result, column) for column in columns]
+    rows = [[name, *(show_share(of[name]) for of in shares)] for name in shares[0]]
     sigmas = [
         [f"{one['start']:g}", "learned" if one["learned"] else "fixed", spread([run[0] for run in one["runs"]])]
         for one in data["sigmas"]

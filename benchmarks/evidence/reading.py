@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from experiments import Result
@@ -40,14 +40,19 @@ def variance(fidelity: Mapping[str, Any]) -> float:
     return float(fidelity["deviation"]["value"] ** 2)
 
 
-def spread(values: list[float]) -> str:
-    """``0.9444 ± 0.0102``."""
-    return f"{mean(values):.4f} ± {stdev(values):.4f}"
+def show_share(value: float) -> str:
+    """``0.57``, ``715``."""
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 def runs(result: Result, case: str, row: str, what: str = "test_accuracy") -> list[float]:
     """A number of every seed of a row of ``benchmarks/accuracy.py``."""
     return [one[what] for one in result.data["runs"] if (one["case"], one["row"]) == (case, row)]
+
+
+def cases(result: Result) -> list[str]:
+    """The cases of ``benchmarks/accuracy.py`` that ran, in order."""
+    return list(dict.fromkeys(one["case"] for one in result.data["runs"]))
 
 
 def best(result: Result, method: str) -> float:

@@ -18,10 +18,9 @@ from ..evidence.comparison import LR_GRID, Comparison, Task, check, compare
 from ..evidence.comparison_report import SUBJECTS, plot, ratios_table, results_table, to_json
 from ..evidence.fitting import check_classifies
 from ..evidence.methods import METHODS
-from ..evidence.plots import require_matplotlib
+from ..evidence.plots import check_plot
 from ..evidence.provenance import describe, machine
 from ..models import build_for
-from ..passes.errors import OptionError
 from ..runtime.training.metrics import jsonable
 from .common import parse_options, set_up
 from .common import to_json as json_text
@@ -152,10 +151,8 @@ def _compare(
     for path in (json_file, plot_file):
         if path is not None:
             check_writable(path)
-    if plot_file is not None and plot_file.suffix not in ("", ".svg"):
-        raise OptionError(f"--plot {plot_file}: the plot is SVG; name it {plot_file.with_suffix('.svg').name}.")
     if plot_file is not None:
-        require_matplotlib()
+        check_plot(plot_file)
     setup = set_up(model, common, batch_size)
     recipe = setup.recipe
     training = Training(0, batch_size or recipe.batch_size, recipe.lr, optimizer or recipe.optimizer)

@@ -24,7 +24,7 @@ from ..evidence import fidelity_report
 from ..evidence.baselines.backpropagation import Backpropagation
 from ..evidence.fidelity import Fidelity, check_replicates, learn, measure
 from ..evidence.fitting import check_classifies
-from ..evidence.plots import require_matplotlib, to_svg
+from ..evidence.plots import check_plot, to_svg
 from ..evidence.provenance import describe, machine
 from ..evidence.sweep import Axis, Measured, Settings, Trained, parse_axis, scaling, sweep
 from ..models import build_for, loaders
@@ -159,9 +159,7 @@ def fidelity(
         if file is not None:
             check_writable(file)
     if plot is not None:
-        require_matplotlib()
-        if plot.suffix not in ("", ".svg"):
-            raise OptionError(f"--plot {plot}: the plot is SVG; name it {plot.with_suffix('.svg').name}.")
+        check_plot(plot)
     setup = set_up(model, common, batch_size)
     axes = [parse_axis(text, sweepable(model)) for text in sweeps or []]
     cases = make_cases(common, axes)
