@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from onward.models import DATASETS, Dataset, TensorBatches, load, loaders
-from onward.models.data import HUB_SOURCES, HubSource, images_to_tensor, split_to_tensors, standardise
+from onward.models.data.dataset import standardise
+from onward.models.data.hub import HUB_SOURCES, HubSource, split_to_tensors
+from onward.models.data.images import images_to_tensor
 from onward.passes.errors import DataError, OptionError, UnknownNameError
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -177,7 +176,7 @@ def train(
     program = compile_program(
         setup.model,
         setup.example,
-        loss=F.cross_entropy,
+        loss=setup.dataset.loss,
         estimator=setup.estimator,
         seed=common.seed,
         workers=workers,
@@ -190,7 +189,7 @@ def train(
     outcome = run(program, setup.dataset, training, progress=not quiet, resume=resume, **trainer_options)
     reference: Outcome | None = None
     if compare_bp and not outcome.history.interrupted:
-        backpropagation = Backpropagation(start, F.cross_entropy, common.seed)
+        backpropagation = Backpropagation(start, setup.dataset.loss, common.seed)
         reference = run(backpropagation, setup.dataset, training, progress=not quiet)
     interrupted = outcome.history.interrupted or (reference is not None and reference.history.interrupted)
     if json_file is not None:

@@ -1,0 +1,90 @@
+"""Data sets of images from the Hugging Face hub, with its library `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...passes.errors import DataError
+from .dataset import Dataset, make_dataset
+from .images import images_to_tensor
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Where on the Hugging Face hub a data set of images lies.
+
+    Attributes:
+        path: Name on the hub, or a local folder of Parquet files.
+        image: Column of the images.
+        label: Column of the class numbers.
+        num_classes: Number of classes.
+        about: What the data are, for `Dataset.source`.
+    """
+
+    path: str
+    image: str
+    label: str
+    num_classes: int
+    about: str
+
+
+HUB_SOURCES: dict[str, HubSource] = {
+    "fashion-mnist": HubSource(
+        "zalando-datasets/fashion_mnist", "image", "label", 10, "Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747)"
+    ),
+    "cifar10": HubSource("uoft-cs/cifar10", "img", "label", 10, "CIFAR-10 (Krizhevsky 2009)"),
+    "cifar100": HubSource("uoft-cs/cifar100", "img", "fine_label", 100, "CIFAR-100, fine labels (Krizhevsky 2009)"),
+}
+
+
+def split_to_tensors(split: Any, image: str, label: str) -> tuple[Tensor, Tensor]:
+    """Convert a split of a `datasets.Dataset` to (images as `images_to_tensor` has them, class numbers as int64).
+
+    Raises:
+        DataError: The column `image` or `label` is missing, or the images are not as `images_to_tensor` needs them.
+    """
+    for column in (image, label):
+        if column not in split.column_names:
+            raise DataError(f"the data set has no column {column!r}; it has {', '.join(split.column_names)}.")
+    return images_to_tensor(split[image]), torch.tensor(list(split[label]), dtype=torch.int64)
+
+
+def load_hub(name: str, source: HubSource, root: Path | None) -> Dataset:
+    """Load `source` with the library `datasets`, cached under `root` if that is given."""
+    try:
+        import PIL  # noqa: F401  # The library decodes images with Pillow but does not require it.
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError(
+            f"data set {name!r} needs the libraries 'datasets' and 'pillow', which cannot be imported ({error}). "
+            "Install them with: pip install 'onward[data]'. The data set 'digits' does not need them."
+        ) from error
+    try:
+        splits = load_dataset(source.path, cache_dir=None if root is None else str(root))
+    except Exception as error:  # The library lets through those of its HTTP client, of the file system and its own.
+        raise DataError(
+            f"data set {name!r} ({source.path}) could not be loaded: {type(error).__name__}: {error}. Without a "
+            "network it must be in the cache: load it once where there is one, point HF_HOME to that cache (or give "
+            "its folder as root), and set HF_DATASETS_OFFLINE=1."
+        ) from error
+    return make_dataset(
+        name,
+        split_to_tensors(splits["train"], source.image, source.label),
+        split_to_tensors(splits["test"], source.image, source.label),
+        num_classes=source.num_classes,
+        source=f"{source.about}, from the Hugging Face hub ({source.path}), with its own training and test split.",
+    )
+
+
+def hub_loader(name: str) -> Callable[[int, Path | None], Dataset]:
+    """The loader of the hub's data set `name`. It has splits of its own, so the seed is not used."""
+    return lambda seed, root: load_hub(name, HUB_SOURCES[name], root)
+
+
+# Each data set's loader, given the seed of the split and the folder of the cache.
