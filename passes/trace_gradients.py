@@ -15,7 +15,6 @@ has a gradient that does not depend on the cotangent; the error names it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .differentiable import DECOMPOSED, DIFFERENTIABLE
 from .errors import UnreachedParameterError, UnsupportedModelError
 from .find_sites import Site, sites
 from .graph import Kind, Output, Role, describe, drop_detaches, finish, set_outputs
@@ -122,36 +122,13 @@ def _vjp(
 
     with mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention counts as random, and is not core ATen
         cotangents = [torch.empty_like(end, memory_format=torch.contiguous_format) for end in ends]
-        traced = make_fx(gradient, _DECOMPOSED, _allow_non_fake_inputs=True)(cotangents, values, weights)
+        traced = make_fx(gradient, DECOMPOSED, _allow_non_fake_inputs=True)(cotangents, values, weights)
     _check_symbolic(batch, core)  # `batch` was read before the trace: a symbol that it fixed is none any more
     drop_detaches(traced)
     _functionalize(traced)
     _cancel_transposes(traced)
     traced.graph.eliminate_dead_code()
     return traced
-
-
-def _pad(x: Tensor, pad: Sequence[int], value: float = 0) -> Tensor:
-    """``constant_pad_nd`` by slices and concatenations: torch's own reads sizes as integers, forward and backward."""
-    for place in range(len(pad) // 2):
-        dim = x.dim() - 1 - place
-        before, after = pad[2 * place : 2 * place + 2]
-        if before < 0 or after < 0:
-            x = x.narrow(dim, max(-before, 0), x.shape[dim] + min(before, 0) + min(after, 0))
-        margins = [x.new_full([*x.shape[:dim], max(count, 0), *x.shape[dim + 1 :]], value) for count in (before, after)]
-        if before > 0 or after > 0:
-            x = torch.cat([margins[0], x, margins[1]], dim)
-    return x
-
-
-def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """``copy``, what an assignment to a slice becomes, has no derivative of its own."""
-    return source.to(target.dtype).expand_as(target).clone(memory_format=torch.contiguous_format)
-
-
-_DECOMPOSED = {torch.ops.aten.constant_pad_nd.default: _pad}
-_DIFFERENTIABLE: dict[Any, Any] = {torch.ops.aten.copy.default: _copy}
-"""What takes the place of operations that autograd does not know."""
 
 
 def _check_symbolic(batch: Any, core: fx.Node) -> None:
@@ -223,7 +200,7 @@ def _copied_region(
             known = inner if node in behind else inner | (members - own)
             sources = {n: mapping[n] if n in known else given[n] for n in node.all_input_nodes}
             mapping[node] = graph.node_copy(node, sources.__getitem__)
-            mapping[node].target = _DIFFERENTIABLE.get(node.target, node.target)
+            mapping[node].target = DIFFERENTIABLE.get(node.target, node.target)
     inside = [
         node
         for node in mapping
@@ -302,7 +279,8 @@ def _normal_form(
             raise UnreachedParameterError(
                 f"the parameter {target!r} has no local derivative at {describe(core)}: on its way there it passes an "
                 "operation whose derivative is zero (sign, round, comparison, argmax, detach). It would stay "
-                "untrained. Freeze it, or keep the operation without derivative on the activations."
+                "untrained. Freeze it, or keep the operation without derivative on the activations.",
+                [target],
             )
         gradients.append((Output("gradient", target), mapping[result]))
     inside = results[len(site.parameters) :]
