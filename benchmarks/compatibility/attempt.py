@@ -94,7 +94,8 @@ def _train(built: Built) -> tuple[int, tuple[str, ...]]:
     try:
         program = onward.compile(built.model, built.inputs, loss=_loss, estimator=estimator, **options)
     except onward.errors.UnreachedParameterError as error:
-        unused = tuple(error.parameters); [built.model.get_parameter(n).requires_grad_(False) for n in unused]
+        unused = tuple(error.parameters)
+        [built.model.get_parameter(n).requires_grad_(False) for n in unused]
         program = onward.compile(built.model, built.inputs, loss=_loss, estimator=estimator, **options)
     rows = next(leaf.shape[0] for leaf in pytree.tree_leaves(built.inputs) if isinstance(leaf, Tensor))
     target = torch.arange(rows) % CLASSES
