@@ -75,8 +75,9 @@ def find_factory(name: str) -> Callable[..., nn.Module]:
 
 def find_signature(name: str) -> inspect.Signature | None:
     """That of the factory with this name (`find_factory`, and its errors); None where it has none to read."""
+    factory = find_factory(name)
     try:
-        return inspect.signature(find_factory(name))
+        return inspect.signature(factory)
     except ValueError:  # A callable written in C need not have one.
         return None
 
