@@ -96,8 +96,8 @@ def test_a_recipe_without_a_twin_needs_no_network(name: str, monkeypatch: pytest
     setup = set_up(recipe, Common())
     if recipe.model_options or recipe.estimator != LikelihoodRatio.auto():
         assert compile_setup(setup).sites
-    output = setup.model(setup.example)
-    assert setup.dataset.loss(output, setup.dataset.train.tensors[-1][: len(setup.example)]).isfinite().all()
+    output = setup.model(*(setup.example if isinstance(setup.example, tuple) else (setup.example,)))
+    assert setup.dataset.loss(output, setup.dataset.train.tensors[-1][: len(output)]).isfinite().all()
     if recipe.reference:
         twin = build_model(setup.recipe, setup.dataset, 0, **recipe.reference)
         pairs = zip(twin.parameters(), setup.model.parameters(), strict=True)

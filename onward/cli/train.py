@@ -191,7 +191,8 @@ def train(
     reference: Outcome | None = None
     if compare_bp and not outcome.history.interrupted:
         if twin := setup.recipe.reference:
-            start = build_model(setup.recipe, setup.dataset, common.seed, **twin).to(setup.example.device)
+            device = next(start.parameters()).device
+            start = build_model(setup.recipe, setup.dataset, common.seed, **twin).to(device)
         backpropagation = Backpropagation(start, setup.dataset.loss, common.seed)
         reference = run(backpropagation, setup.dataset, training, progress=not quiet)
     interrupted = outcome.history.interrupted or (reference is not None and reference.history.interrupted)
@@ -246,11 +247,10 @@ def run(
 def _announce(console: Console, seed: int, setup: Setup) -> None:
     count = sum(parameter.numel() for parameter in setup.model.parameters() if parameter.requires_grad)
     recipe, samples = setup.recipe, len(setup.dataset.train)
+    named = "" if recipe.name == recipe.model else f"{recipe.name}: "
     console.print(
-        f"[bold]{recipe.model}[/bold] on [bold]{recipe.data}[/bold]: {count:,} parameters, {samples:,} samples"
+        f"{named}[bold]{recipe.model}[/bold] on [bold]{recipe.data}[/bold]: {count:,} parameters, {samples:,} samples"
     )
-    if recipe.about:
-        console.print(recipe.about, style="dim", highlight=False)
     console.print(describe_estimator(settings_of(setup.estimator).to_json()), highlight=False)
     console.print(f"{recipe.training}, seed {seed}", highlight=False)
 
