@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from ..passes.errors import OptionError, unknown_name
@@ -26,6 +28,16 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "quantised_cnn": quantised_cnn,
     "vit": vit,
 }
+
+_STRAIGHT: Mapping[str, object] = {"straight_through": True}
+
+TWINS: dict[str, Mapping[str, object]] = {
+    "sign_mlp": _STRAIGHT,
+    "quantised_cnn": _STRAIGHT,
+}
+"""Of each model without derivative the options of its twin: same weights and forward, but backpropagation can train it.
+
+What backpropagation reaches in place of such a model is what its twin reaches."""
 
 
 class DatasetInfo(Protocol):
@@ -146,3 +158,24 @@ def build_for(name: str, dataset: DatasetInfo, **options: object) -> nn.Module:
     if "image_size" in parameters - set(options) and len(shape) == 3 and shape[1] != shape[2]:
         raise OptionError(f"model {name!r} needs square images; those of the data set are {shape[1]}×{shape[2]}.")
     return build(name, **{key: value for key, value in facts.items() if key in parameters} | options)
+
+
+def twin_of(name: str, dataset: DatasetInfo, model: nn.Module, **options: object) -> nn.Module:
+    """What backpropagation trains in place of `model`, with weights of its own that are equal to the model's.
+
+    The twin of `TWINS` where the model has one, else a copy. It is where `model` is, and draws no random numbers of the
+    global generator.
+
+    Args:
+        name: As for `build`.
+        dataset: What the model is for.
+        model: What `build_for` made of `name`, `dataset` and `options`.
+        **options: The model's arguments.
+    """
+    if name not in TWINS:
+        return copy.deepcopy(model)
+    with torch.random.fork_rng(devices=()):
+        twin = build_for(name, dataset, **{**options, **TWINS[name]})
+    twin.load_state_dict(model.state_dict())
+    parameter = next(model.parameters())
+    return twin.to(parameter.device)

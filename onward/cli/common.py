@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from torch.utils.data import TensorDataset
 from ..compiler.driver import compile_model
 from ..compiler.estimator import SEGMENTS, LikelihoodRatio
 from ..compiler.program import CompiledModel
-from ..models import Dataset, build_for, load
+from ..models import Dataset, build_for, load, twin_of
 from ..passes.errors import DataError, OptionError
 from ..runtime.calibration.record import Calibration
 from .options import Common
@@ -41,6 +42,8 @@ class Setup:
     estimator: LikelihoodRatio | Calibration
     recipe: Recipe
     """With the options' data and model options in place of its own."""
+    twin: Callable[[], nn.Module]
+    """Makes what backpropagation trains in the model's place, from the weights that the model has then."""
 
 
 def set_up(recipe: Recipe, common: Common, batch_size: int | None = None) -> Setup:
@@ -59,7 +62,8 @@ def set_up(recipe: Recipe, common: Common, batch_size: int | None = None) -> Set
     recipe = replace(recipe, data=dataset.name, model_options=options)
     built = build_model(recipe, dataset, common.seed).to(device)
     example = dataset.train.tensors[0][: batch_size or recipe.training.batch_size]
-    return Setup(dataset, built, example, estimator, recipe)
+    twin = functools.partial(twin_of, recipe.model, dataset, built, **options)
+    return Setup(dataset, built, example, estimator, recipe, twin)
 
 
 def build_model(recipe: Recipe, dataset: Dataset, seed: int, **options: object) -> nn.Module:

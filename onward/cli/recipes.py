@@ -43,8 +43,6 @@ class Recipe:
         data: Name of a data set.
         about: What it is, from which paper.
         model_options: Arguments of the model's factory.
-        reference: Further ones, for the model that backpropagation trains beside it: of a model without derivative, the
-            straight-through twin.
         training: How both train.
         estimator: The settings of the estimator.
         twin: The recipe that stands in for it where its data cannot be had; None where its data need no network.
@@ -55,7 +53,6 @@ class Recipe:
     data: str = "digits"
     about: str = ""
     model_options: Mapping[str, Any] = field(default_factory=dict)
-    reference: Mapping[str, Any] = field(default_factory=dict)
     training: Training = field(default_factory=Training)
     estimator: LikelihoodRatio = field(default_factory=LikelihoodRatio.auto)
     twin: str | None = None
@@ -122,7 +119,7 @@ def _recipe(name: str, content: dict[str, Any]) -> Recipe:
     training = content.get("training", {})
     _check("training", training, get_type_hints(Training))
     see_working_directory(content["model"])
-    check_options(content["model"], [*content.get("model_options", {}), *content.get("reference", {})])
+    check_options(content["model"], content.get("model_options", {}))
     if content["data"] not in DATASETS:
         raise unknown_name("data set", content["data"], DATASETS)
     if content.get("twin") not in (None, *recipe_names()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import platform
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,14 +18,14 @@ from ..compiler.columns import quantity
 from ..compiler.files import check_writable, write_whole
 from ..compiler.report_text import describe_estimator
 from ..evidence.baselines.backpropagation import Backpropagation
-from ..models import Dataset, loaders
+from ..models import TWINS, Dataset, loaders
 from ..passes.errors import OptionError
 from ..runtime.training.history import History
 from ..runtime.training.metrics import jsonable
 from ..runtime.training.trainable import TrainableProgram
 from ..runtime.training.trainer import Trainer
 from ..runtime.versions import versions as software_versions
-from .common import Setup, build_model, set_up, settings_of, to_json
+from .common import Setup, set_up, settings_of, to_json
 from .options import MODEL_HELP, Common, with_common
 from .recipes import Recipe, find_recipe, recipe_for
 from .training import Training, make_optimizer, make_scheduler
@@ -90,7 +89,8 @@ def train(
         bool,
         Option(
             "--compare-bp",
-            help="Also train the same model by backpropagation: same first weights, batches, optimizer and epochs.",
+            help="Also train the same model by backpropagation: same first weights, batches, optimizer and epochs. A "
+            "model without derivative has a twin for that, with the same forward.",
             rich_help_panel=_TRAINING,
         ),
     ] = False,
@@ -173,7 +173,7 @@ def train(
     if resume and directory is None:
         raise OptionError("--resume needs the --directory of the run.")
     console = Console()
-    start = copy.deepcopy(setup.model)
+    start = setup.twin() if compare_bp else None
     program = compile_program(
         setup.model,
         setup.example,
@@ -189,10 +189,7 @@ def train(
     trainer_options = {"directory": directory, "checkpoint_every": checkpoint_every, "tensorboard": tensorboard}
     outcome = run(program, setup.dataset, training, progress=not quiet, resume=resume, **trainer_options)
     reference: Outcome | None = None
-    if compare_bp and not outcome.history.interrupted:
-        if twin := setup.recipe.reference:
-            device = next(start.parameters()).device
-            start = build_model(setup.recipe, setup.dataset, common.seed, **twin).to(device)
+    if start is not None and not outcome.history.interrupted:
         backpropagation = Backpropagation(start, setup.dataset.loss, common.seed)
         reference = run(backpropagation, setup.dataset, training, progress=not quiet)
     interrupted = outcome.history.interrupted or (reference is not None and reference.history.interrupted)
@@ -266,7 +263,6 @@ def _result(common: Common, setup: Setup, outcome: Outcome, reference: Outcome |
         "settings": {
             **asdict(recipe.training),
             "model_options": recipe.model_options,
-            "reference": recipe.reference,
             "estimator": settings_of(setup.estimator).to_json(),
             "device": common.device,
             "threads": torch.get_num_threads(),
@@ -284,8 +280,8 @@ def _table(outcome: Outcome, reference: Outcome | None, recipe: Recipe) -> Table
     rows = [("forward-only", outcome, f"{outcome.forwards_per_sample_and_step:.1f}")]
     if reference is not None:
         rows.append(("backpropagation", reference, "1.0 + a backward"))
-        if recipe.reference:
-            options = ", ".join(f"{name}={value}" for name, value in recipe.reference.items())
+        if recipe.model in TWINS:
+            options = ", ".join(f"{name}={value}" for name, value in TWINS[recipe.model].items())
             table.caption = f"backpropagation trains the model with {options}"
     for name, one, each in rows:
         table.add_row(
