@@ -32,7 +32,14 @@ class Common:
         list[str] | None,
         Option(metavar="KEY=VALUE", help="Argument of the model's factory; may be repeated.", rich_help_panel=_MODEL),
     ] = None
-    data: Annotated[str, Option(metavar="NAME", help="Data set (`onward data`).", rich_help_panel=_MODEL)] = "digits"
+    data: Annotated[
+        str | None,
+        Option(
+            metavar="NAME",
+            help="Data set (`onward data`). [dim]\\[default: of the model, digits for your own][/dim]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
     alr: Annotated[
         bool,
         Option(
