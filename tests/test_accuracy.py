@@ -1,8 +1,9 @@
-"""The main job: forward-only training ends within a point of backpropagation on real digits."""
+"""The main job: forward-only training ends close to backpropagation on real digits."""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,18 @@ import torch.nn.functional as F
 import onward
 from onward.cli.recipes import recipe_for
 from onward.cli.train import run
+from onward.cli.training import Training
 from onward.evidence.baselines.backpropagation import Backpropagation
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
+"""Three of them and all epochs of a recipe are for ``benchmarks/accuracy.py``, whose numbers docs/results.md has."""
+
+EPOCHS = {"mlp": 15, "sign_mlp": 20, "resnet5": 15, "quantised_cnn": 12}
+
+
+def training_of(model: str) -> Training:
+    """The recipe's, with fewer epochs where an epoch takes long."""
+    return replace(recipe_for(model).training, epochs=EPOCHS[model])
 
 
 @functools.cache
@@ -22,9 +32,8 @@ def reference_accuracy(model: str, seed: int, straight_through: bool) -> float:
     dataset = onward.models.load("digits")
     torch.manual_seed(seed)
     twin = onward.models.build_for(model, dataset, **({"straight_through": True} if straight_through else {}))
-    return run(
-        Backpropagation(twin, F.cross_entropy, seed), dataset, recipe_for(model).training, progress=False
-    ).test_accuracy
+    reference = Backpropagation(twin, F.cross_entropy, seed)
+    return run(reference, dataset, training_of(model), progress=False).test_accuracy
 
 
 def accuracies(
@@ -32,7 +41,7 @@ def accuracies(
 ) -> tuple[float, float, float]:
     """Test accuracy forward-only and by backpropagation: same weights, batches, optimizer and epochs; and the perturbed
     forwards a sample and step."""
-    dataset, training = onward.models.load("digits"), recipe_for(model).training
+    dataset, training = onward.models.load("digits"), training_of(model)
     torch.manual_seed(seed)
     net = onward.models.build_for(model, dataset)
     example = dataset.train.tensors[0][: training.batch_size]

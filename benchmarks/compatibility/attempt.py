@@ -38,6 +38,9 @@ class Outcome:
     steps: bool = False
     """Whether it compiled and two steps gave every trainable parameter a finite gradient."""
     sites: int = 0
+    """Gradient subgraphs under ``auto``."""
+    operations: int = 0
+    """The same with ``reach=0, segments="op"``: no backpropagation, every operation by itself; 0 if that failed."""
     unused: tuple[str, ...] = ()
     """Trainable parameters that its forward never uses: Onward names them, and goes on once they are frozen."""
     reason: str = ""
@@ -45,7 +48,7 @@ class Outcome:
     ours: bool = False
     """Whether the reason is one of Onward's own errors, and not a crash."""
     seconds: float = 0.0
-    """To compile and take two steps."""
+    """To compile and take two steps under ``auto``."""
 
 
 def attempt(name: str) -> Outcome:
@@ -66,10 +69,13 @@ def attempt(name: str) -> Outcome:
     started = time.perf_counter()
     try:
         sites, unused = _train(built)
+        found = dataclasses.replace(found, steps=True, sites=sites, unused=unused)
+        found = dataclasses.replace(found, seconds=time.perf_counter() - started)
+        operations, _ = _train(built, reach=0, segments="op")
     except Exception as error:  # what is looked for
         ours = isinstance(error, onward.errors.OnwardError)
         return dataclasses.replace(found, reason=str(error) if ours else _first_line(error), ours=ours)
-    return dataclasses.replace(found, steps=True, sites=sites, unused=unused, seconds=time.perf_counter() - started)
+    return dataclasses.replace(found, operations=operations)
 
 
 def _exports(built: Built) -> bool:
@@ -83,12 +89,12 @@ def _exports(built: Built) -> bool:
     return True
 
 
-def _train(built: Built) -> tuple[int, tuple[str, ...]]:
+def _train(built: Built, **settings: Any) -> tuple[int, tuple[str, ...]]:
     """Compile and take two steps: the number of sites, and what had to be frozen because the model does not use it.
 
     σ is given: measuring it costs time and tells nothing here.
     """
-    estimator = onward.LikelihoodRatio.auto(sigma=0.05, warmup=0)
+    estimator = onward.LikelihoodRatio.auto(sigma=0.05, warmup=0, **settings)
     options: dict[str, Any] = {"unbatched": True} if built.unbatched else {}
     unused: tuple[str, ...] = ()
     try:
