@@ -24,7 +24,7 @@ random weights, small, in training mode.
 - *Unused*: parameters that its forward never reads. Onward names them, and they were frozen (`onward.freeze`), as its
   message asks.
 
-{machine}; {versions}. Seconds are those of compiling and two steps under `auto`, with one torch thread on a busy machine.
+{machine}; {versions}. Seconds are those of compiling and two steps under `auto`, one thread, on a busy machine.
 
 ## Summary
 
