@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from . import models
+from . import losses, models
 from .api import compile
 from .compiler.estimator import LikelihoodRatio
 from .passes import errors
@@ -22,5 +22,6 @@ __all__ = [
     "Trainer",
     "compile",
     "errors",
+    "losses",
     "models",
 ]
