@@ -312,6 +312,7 @@ TASKS: dict[str, Task] = {
         loss=class_and_box,
         score=found,
         scored="found",
+        lr=5e-3,
     ),
     "segmentation": Task(
         about="ink on a noisy canvas, pixel by pixel",
@@ -350,6 +351,7 @@ TASKS: dict[str, Task] = {
         loss=losses.edit_distance,
         score=lambda output, target: 1 - losses.edit_distance(output, target),
         scored="1 - edit distance",
+        lr=5e-3,
         surrogate=position_entropy,
         lowers="cross-entropy",
         plain=_PLAIN,

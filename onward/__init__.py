@@ -5,6 +5,7 @@ from importlib.metadata import version
 from . import losses, models
 from .api import compile
 from .compiler.estimator import LikelihoodRatio
+from .freezing import freeze
 from .passes import errors
 from .runtime.calibration.record import Calibration
 from .runtime.program import Program
@@ -22,6 +23,7 @@ __all__ = [
     "Trainer",
     "compile",
     "errors",
+    "freeze",
     "losses",
     "models",
 ]

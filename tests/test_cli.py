@@ -31,6 +31,7 @@ COMMON = {
     "--antithetic", "--no-antithetic", "--chunk", "--credit", "--sampling", "--placement", "--noise-on", "--feedback",
     "--correction", "--reach", "--segments", "--probe", "--probe-every", "--blocks", "--rank", "--feedback-memory",
     "--calibration", "--recompute", "--warmup", "--trust", "--no-trust", "--seed", "--device", "--threads", "--debug",
+    "--freeze",
 }  # fmt: skip
 TRAIN = {
     "--model", "--epochs", "--batch-size", "--lr", "--optimizer", "--compare-bp", "--directory", "--resume",
@@ -304,7 +305,7 @@ def test_compile_writes_a_program(tmp_path):
     assert "4 gradients" in output
     manifest = read_manifest(folder)
     assert manifest["model"] == "resnet5"
-    assert manifest["settings"] == {"data": "digits", "model_options": ["width=4"], "seed": 0}
+    assert manifest["settings"] == {"data": "digits", "model_options": ["width=4"], "freeze": [], "seed": 0}
     assert {"python", "torch", "onward"} <= manifest["versions"].keys()
     for part in ("passes", "stages", "runs", "gradients"):
         for entry in manifest[part]:

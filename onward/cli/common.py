@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 from ..compiler.driver import compile_model
 from ..compiler.estimator import SEGMENTS, LikelihoodRatio
 from ..compiler.program import CompiledModel
+from ..freezing import freeze
 from ..models import Dataset, build_for, load
 from ..passes.errors import OptionError
 from ..runtime.calibration.record import Calibration
@@ -53,9 +54,17 @@ def set_up(model: str, common: Common, batch_size: int | None = None) -> Setup:
         raise OptionError(f"--batch-size {batch_size}: a batch needs at least one sample.")
     dataset = on_device(load(common.data), device)
     torch.manual_seed(common.seed)
-    built = build_for(model, dataset, **parse_options(common.model_option or [])).to(device)
+    built = build(model, dataset, common).to(device)
     example = dataset.train.tensors[0][: batch_size or recipe.batch_size]
     return Setup(dataset, built, example, estimator, recipe)
+
+
+def build(model: str, dataset: Dataset, common: Common) -> nn.Module:
+    """The model by name, with what is frozen."""
+    built = build_for(model, dataset, **parse_options(common.model_option or []))
+    if common.freeze:
+        freeze(built, *common.freeze)
+    return built
 
 
 def make_estimator(common: Common) -> LikelihoodRatio | Calibration:

@@ -27,11 +27,11 @@ from ..evidence.fitting import check_classifies
 from ..evidence.plots import check_plot, to_svg
 from ..evidence.provenance import describe, machine
 from ..evidence.sweep import Axis, Measured, Settings, Trained, parse_axis, scaling, sweep
-from ..models import build_for, loaders
+from ..models import loaders
 from ..passes.errors import OnwardError, OptionError
 from ..runtime.training.metrics import jsonable
 from ..runtime.training.trainer import Trainer
-from .common import Setup, find_device, parse_options, set_up, settings_of, to_json
+from .common import Setup, build, find_device, set_up, settings_of, to_json
 from .fidelity_cases import Case, make_cases, sweepable
 from .fidelity_tables import print_tables
 from .options import MODEL_HELP, Common, with_common
@@ -207,7 +207,7 @@ def run(
             raise OptionError(case.refusal)
         options = tuple(case.common.model_option or [])
         if options not in models:
-            models[options] = _prepared(model, common, setup, options, measuring)
+            models[options] = _prepared(model, case.common, setup, measuring)
         return _measure(models[options], case, setup, measuring, bar)
 
     def measured_alone() -> Iterator[Measured]:
@@ -229,10 +229,10 @@ def run(
     return found, False
 
 
-def _prepared(name: str, common: Common, setup: Setup, options: tuple[str, ...], measuring: Measuring) -> nn.Module:
+def _prepared(name: str, common: Common, setup: Setup, measuring: Measuring) -> nn.Module:
     """The model with these options, from the seed, trained by backpropagation if that is asked for."""
     torch.manual_seed(common.seed)
-    built = build_for(name, setup.dataset, **parse_options(list(options))).to(setup.example.device)
+    built = build(name, setup.dataset, common).to(setup.example.device)
     check_classifies(built, setup.dataset)
     if measuring.after:
         recipe = setup.recipe
@@ -273,7 +273,7 @@ def _train(measured: Measured, name: str, case: Case, setup: Setup, measuring: M
     try:
         for seed in range(case.common.seed, case.common.seed + measuring.runs):
             torch.manual_seed(seed)
-            built = build_for(name, setup.dataset, **parse_options(case.common.model_option or []))
+            built = build(name, setup.dataset, case.common)
             program = compile_program(
                 built.to(setup.example.device),
                 setup.dataset.train.tensors[0][: recipe.batch_size],
@@ -320,6 +320,7 @@ def _result(
         "settings": {
             **dataclasses.asdict(measuring),
             "model_options": common.model_option or [],
+            "freeze": common.freeze or [],
             "sweep": list(sweeps),
             "combinations": len(cases),
             "device": common.device,

@@ -262,6 +262,7 @@ def _result(
         "settings": {
             **asdict(training),
             "model_options": common.model_option or [],
+            "freeze": common.freeze or [],
             "estimator": settings_of(setup.estimator).to_json(),
             "device": common.device,
             "threads": torch.get_num_threads(),
