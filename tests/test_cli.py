@@ -428,6 +428,8 @@ def test_inspect_says_why_a_model_does_not_compile(factories, factory, word):
         (("train", "--resume"), "--directory"),
         (("train", "--model", "mlp", "--checkpoint-every", "5"), "directory"),
         (("train", "--model-option", "depth=3"), "depth"),
+        (("train", "--freeze", "stm"), "Did you mean 'stem'?"),
+        (("inspect", "mlp", "--freeze", "*"), "nothing to train"),
         (("train", "--model", "mlp", "--json", "/dev/null/result.json"), "cannot write /dev/null/result.json"),
         (("train", "--directory", "/dev/null/run", "--model", "mlp"), "/dev/null/run"),
         (("compile", "mlp", "-o", "/dev/null/program"), "/dev/null/program"),
