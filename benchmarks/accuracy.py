@@ -25,7 +25,7 @@ from rich.table import Table
 from onward import LikelihoodRatio, models
 from onward import compile as compile_program
 from onward.cli.recipes import recipe_for
-from onward.cli.train import Outcome, Training, run
+from onward.cli.train import Outcome, run
 from onward.evidence.baselines.backpropagation import Backpropagation
 from onward.evidence.provenance import describe, machine
 
@@ -120,24 +120,20 @@ def train(name: str, row: str, seed: int, epochs: int | None = None, lr: float |
     """Train once and test."""
     case = replace(CASES[name], **({} if lr is None else {"lr": lr}))
     dataset = models.load(case.data)
-    recipe = recipe_for(case.model)
-    training = Training(
-        next(number for number in (epochs, case.epochs, recipe.epochs) if number is not None),
-        recipe.batch_size,
-        recipe.lr if case.lr is None else case.lr,
-        recipe.optimizer,
-    )
+    training = recipe_for(case.model).training
+    number = next(n for n in (epochs, case.epochs, training.epochs) if n is not None)
+    training = replace(training, epochs=number, lr=training.lr if case.lr is None else case.lr)
     make = ROWS[row]
     torch.manual_seed(seed)
     net = models.build_for(case.model, dataset, **case.options, **(case.twin if make is None else {}))
     if make is None:
         outcome: Outcome = run(Backpropagation(net, F.cross_entropy, seed), dataset, training, progress=False)
     else:
-        example = dataset.train.tensors[0][: recipe.batch_size]
+        example = dataset.train.tensors[0][: training.batch_size]
         program = compile_program(net, (example,), loss=F.cross_entropy, estimator=make(), seed=seed)
         if row in BUDGETS:
             images, target = (tensor[:128] for tensor in dataset.train.tensors)
-            found = program.calibrate(images, target, budget=BUDGETS[row], batch_size=recipe.batch_size)
+            found = program.calibrate(images, target, budget=BUDGETS[row], batch_size=training.batch_size)
             program = compile_program(net, (example,), loss=F.cross_entropy, estimator=found, seed=seed)
         outcome = run(program, dataset, training, progress=False)
     perturbed = outcome.forwards_per_sample_and_step - 1

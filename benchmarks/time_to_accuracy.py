@@ -15,7 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -30,7 +30,7 @@ from rich.table import Table
 from onward import LikelihoodRatio, Program, models
 from onward import compile as compile_program
 from onward.cli.recipes import recipe_for
-from onward.cli.train import Training, make_optimizer
+from onward.cli.training import Training, make_optimizer
 from onward.evidence.baselines.backpropagation import Backpropagation
 from onward.evidence.provenance import describe, machine
 from onward.models.data import loaders
@@ -71,9 +71,9 @@ class Pair:
 
 def settings(name: str, epochs: int | None) -> Training:
     """The recipe of a case."""
-    case, recipe = CASES[name], recipe_for(CASES[name].model)
-    number = next(n for n in (epochs, case.epochs, recipe.epochs) if n is not None)
-    return Training(number, recipe.batch_size, case.lr or recipe.lr, recipe.optimizer)
+    case, training = CASES[name], recipe_for(CASES[name].model).training
+    number = next(n for n in (epochs, case.epochs, training.epochs) if n is not None)
+    return replace(training, epochs=number, lr=case.lr or training.lr)
 
 
 def programs(name: str, seed: int, batch: int) -> tuple[Backpropagation, Program]:

@@ -226,7 +226,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
         f"{type(model).__name__} could not be captured with a dynamic batch size. Tried:\n"
         + "\n".join(reasons)
         + "\nUsual causes: a Python `if` or loop on a tensor's values (use torch.where, or masks); a batch size or the "
-        "example's values written into the code (use x.shape[0]); `.item()` or `.numpy()` inside forward."
+        "example's values written into the code (use x.shape[0]); `.item()` or `.numpy()` inside forward; an output "
+        "that is no tensor (a cache of keys and values: for a Hugging Face model set `model.config.use_cache = False`)."
     )
 
 

@@ -4,7 +4,7 @@ from .batches import TensorBatches
 from .data import DATASETS, Dataset, load, loaders
 from .mlp import mlp, sign_mlp
 from .quantised import quantised_cnn
-from .registry import MODELS, DatasetInfo, build, build_for
+from .registry import MODELS, TWINS, DatasetInfo, build, build_for, twin_of
 from .resnet import resnet5, resnet9
 from .vgg import vgg8
 from .vit import vit
@@ -12,6 +12,7 @@ from .vit import vit
 __all__ = [
     "DATASETS",
     "MODELS",
+    "TWINS",
     "Dataset",
     "DatasetInfo",
     "TensorBatches",
@@ -24,6 +25,7 @@ __all__ = [
     "resnet5",
     "resnet9",
     "sign_mlp",
+    "twin_of",
     "vgg8",
     "vit",
 ]

@@ -7,7 +7,7 @@ those of a DataLoader with a `RandomSampler` of the same generator, so either ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +30,10 @@ class TensorBatches:
         dataset: What to draw from; on any device.
         batch_size: Samples in a batch; the last one of an epoch may have fewer.
         shuffle: Whether each epoch has a random order; otherwise it is that of the dataset.
-        generator: The CPU generator of the orders. Nothing else draws from it, and it alone decides them.
+        generator: The CPU generator of the orders and of what `augment` draws. Nothing else draws from it, and it alone
+            decides the batches.
+        augment: What changes the first tensor of each batch (`onward.models.augment`), drawing from the generator, if
+            anything does.
 
     Raises:
         OptionError: `batch_size` is below 1.
@@ -40,6 +43,7 @@ class TensorBatches:
     batch_size: int
     shuffle: bool = False
     generator: torch.Generator = field(default_factory=torch.Generator)
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -56,4 +60,7 @@ class TensorBatches:
             order = torch.randperm(len(self.dataset), generator=self.generator).to(tensors[0].device)
         for start in range(0, len(self.dataset), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            yield [tensor[rows] if order is None else tensor[order[rows]] for tensor in tensors]
+            batch = [tensor[rows] if order is None else tensor[order[rows]] for tensor in tensors]
+            if self.augment is not None:
+                batch[0] = self.augment(batch[0], self.generator)
+            yield batch

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from ..passes.errors import OptionError, unknown_name
@@ -26,6 +28,16 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "quantised_cnn": quantised_cnn,
     "vit": vit,
 }
+
+_STRAIGHT: Mapping[str, object] = {"straight_through": True}
+
+TWINS: dict[str, Mapping[str, object]] = {
+    "sign_mlp": _STRAIGHT,
+    "quantised_cnn": _STRAIGHT,
+}
+"""Of each model without derivative the options of its twin: same weights and forward, but backpropagation can train it.
+
+What backpropagation reaches in place of such a model is what its twin reaches."""
 
 
 class DatasetInfo(Protocol):
@@ -73,6 +85,30 @@ def find_factory(name: str) -> Callable[..., nn.Module]:
     return factory
 
 
+def find_signature(name: str) -> inspect.Signature | None:
+    """That of the factory with this name (`find_factory`, and its errors); None where it has none to read."""
+    factory = find_factory(name)
+    try:
+        return inspect.signature(factory)
+    except ValueError:  # A callable written in C need not have one.
+        return None
+
+
+def check_options(name: str, options: Iterable[str]) -> None:
+    """Raise UnknownNameError if the factory has no such options; one whose signature cannot be read is not asked.
+
+    Raises:
+        UnknownNameError: So, or as `find_factory`.
+        OptionError: As `find_factory`.
+    """
+    signature = find_signature(name)
+    if signature is None or any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values()):
+        return
+    for option in options:
+        if option not in signature.parameters:
+            raise unknown_name(f"option of model {name!r}", option, signature.parameters)
+
+
 def build(name: str, **options: object) -> nn.Module:
     """Build a model by name.
 
@@ -81,15 +117,13 @@ def build(name: str, **options: object) -> nn.Module:
         **options: Arguments of the factory.
 
     Raises:
-        UnknownNameError: As `find_factory`.
-        OptionError: As `find_factory`; or the factory does not take these options, or does not return an `nn.Module`.
+        UnknownNameError: As `find_factory`; or an option that the factory does not have.
+        OptionError: As `find_factory`; or the factory needs further options, or does not return an `nn.Module`.
     """
     factory = find_factory(name)
-    try:
-        signature = inspect.signature(factory)
-    except ValueError:  # A callable written in C need not have one; then the call itself must tell.
-        signature = None
-    if signature is not None:
+    check_options(name, options)
+    signature = find_signature(name)
+    if signature is not None:  # else the call itself must tell
         try:
             signature.bind(**options)
         except TypeError as error:
@@ -119,10 +153,31 @@ def build_for(name: str, dataset: DatasetInfo, **options: object) -> nn.Module:
     facts: dict[str, object] = {"num_classes": dataset.num_classes, "in_features": math.prod(shape)}
     if len(shape) == 3:
         facts |= {"in_channels": shape[0], "image_size": shape[1]}
-    try:
-        parameters = set(inspect.signature(find_factory(name)).parameters)
-    except ValueError:
-        parameters = set()
+    signature = find_signature(name)
+    parameters = set(signature.parameters) if signature is not None else set()
     if "image_size" in parameters - set(options) and len(shape) == 3 and shape[1] != shape[2]:
         raise OptionError(f"model {name!r} needs square images; those of the data set are {shape[1]}×{shape[2]}.")
     return build(name, **{key: value for key, value in facts.items() if key in parameters} | options)
+
+
+def twin_of(name: str, dataset: DatasetInfo, model: nn.Module, **options: object) -> nn.Module:
+    """What backpropagation trains in place of `model`, with weights of its own: equal to the model's, frozen like them.
+
+    The twin of `TWINS` where the model has one, else a copy. It is where `model` is, and draws no random numbers of the
+    global generator.
+
+    Args:
+        name: As for `build`.
+        dataset: What the model is for.
+        model: What `build_for` made of `name`, `dataset` and `options`.
+        **options: The model's arguments.
+    """
+    if name not in TWINS:
+        return copy.deepcopy(model)
+    with torch.random.fork_rng(devices=()):
+        twin = build_for(name, dataset, **{**options, **TWINS[name]})
+    twin.load_state_dict(model.state_dict())
+    for name, parameter in model.named_parameters():
+        twin.get_parameter(name).requires_grad_(parameter.requires_grad)
+    parameter = next(model.parameters())
+    return twin.to(parameter.device)

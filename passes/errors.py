@@ -19,7 +19,15 @@ class UnsupportedModelError(OnwardError, RuntimeError):
 
 
 class UnreachedParameterError(OnwardError, ValueError):
-    """A trainable parameter is reached by no site, so it would silently stay untrained."""
+    """A trainable parameter is reached by no site, so it would silently stay untrained.
+
+    Attributes:
+        parameters: the names of those that are not; frozen, they stay untrained knowingly.
+    """
+
+    def __init__(self, message: str, parameters: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.parameters = tuple(parameters)
 
 
 class VerificationError(OnwardError, AssertionError):

@@ -291,7 +291,8 @@ def _check_reached(module: fx.GraphModule) -> None:
         )
         raise UnreachedParameterError(
             f"no site reaches the trainable parameter(s) {listed}: {reason}. They would stay untrained. Freeze them "
-            "(`parameter.requires_grad_(False)`) or use them in the model's output."
+            "(`parameter.requires_grad_(False)`) or use them in the model's output.",
+            [node.meta["target"] for node in missing],
         )
 
 

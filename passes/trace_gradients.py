@@ -3,7 +3,8 @@
 The region alone is differentiated, traced by ``make_fx`` with symbolic batch, functionalised, dead code removed. What
 is left of a convolution or a linear layer is exactly the weight-gradient kernel. Inputs are the operands that the vjp
 really reads (others are dropped: they need no capture), the parameters that it reads, and ``cotangent``, the gradient
-of the loss at the noise point, shaped like the site's output. Outputs are the gradients of the site's parameters; with
+of the loss at the noise point, shaped like the site's output. Regions that differ in nothing but names (the steps of a
+recurrence, equal blocks) are traced once. Outputs are the gradients of the site's parameters; with
 `values` also every activation of the region by its node's name, for `reuse_values` to take from the clean run.
 
 Returns the subgraphs by site index; the graph itself is not changed.
@@ -14,7 +15,6 @@ has a gradient that does not depend on the cotangent; the error names it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .differentiable import DECOMPOSED, DIFFERENTIABLE
 from .errors import UnreachedParameterError, UnsupportedModelError
 from .find_sites import Site, sites
 from .graph import Kind, Output, Role, describe, drop_detaches, finish, set_outputs
@@ -36,8 +37,9 @@ def trace_gradients(module: fx.GraphModule, *, capture: str, values: bool = Fals
     Sites with noise on their weight have none (`perturb_weights.weight_gradients`).
     """
     nodes = {node.name: node for node in module.graph.nodes}
+    known: dict[Any, fx.GraphModule] = {}
     traced = [site for site in sites(module) if site.weight_noise is None]
-    return {site.index: _trace(module, site, nodes, capture, values) for site in traced}
+    return {site.index: _trace(module, site, nodes, capture, values, known) for site in traced}
 
 
 def captures_normalized(site: Site, core: fx.Node, capture: str) -> bool:
@@ -54,10 +56,16 @@ def _last(site: Site, core: fx.Node) -> fx.Node:
 
 
 def _trace(
-    module: fx.GraphModule, site: Site, nodes: dict[str, fx.Node], capture: str, with_values: bool
+    module: fx.GraphModule,
+    site: Site,
+    nodes: dict[str, fx.Node],
+    capture: str,
+    with_values: bool,
+    known: dict[Any, fx.GraphModule],
 ) -> fx.GraphModule:
     core = nodes[site.core]
     computed: tuple[str, ...] = ()
+    region: Any
     if captures_normalized(site, core, capture):
         region, operands = _normalized_region(site, core, nodes)
     else:
@@ -70,9 +78,36 @@ def _trace(
     ]  # fmt: skip
     weights = [node.meta["val"] for node in parameters]
     ends = [nodes[name].meta["val"] for name in site.ends]
+    key = _structure(region, [*values, *weights, *ends]) if isinstance(region, fx.GraphModule) else site
+    if key not in known:
+        known[key] = _vjp(region, values, weights, ends, batch_symbol(module), core)
+    return _normal_form(known[key], site, operands, [nodes[name] for name in operands], parameters, core, computed)
+
+
+def _structure(region: fx.GraphModule, values: list[Any]) -> Any:
+    """What a region's vjp depends on: its operations, and what its operands, parameters and results are like."""
+    number = {node: place for place, node in enumerate(region.graph.nodes)}
+
+    def unnamed(node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return ()
+        return str(node.target), repr(fx.map_arg((node.args, node.kwargs), lambda source: f"%{number[source]}"))
+
+    return tuple(unnamed(node) for node in region.graph.nodes), tuple(_likeness(value) for value in values)
+
+
+def _likeness(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return str(value)
+    return str(value.shape), str(value.stride()), value.dtype, value.device
+
+
+def _vjp(
+    region: Any, values: list[Any], weights: list[Any], ends: list[Any], batch: Any, core: fx.Node
+) -> fx.GraphModule:
+    """The traced vjp ``(cotangents, operands, parameters) -> (*gradients, *values inside)`` of a region."""
     mode = detect_fake_mode(ends)
     assert mode is not None
-    batch = batch_symbol(module)  # read before the trace: a symbol that it fixed is none any more
 
     def gradient(cotangents: list[Any], values: list[Any], weights: list[Any]) -> tuple[Any, ...]:
         # autograd.grad and not torch.func.vjp, whose wrappers read sizes as integers and so would fix the batch size
@@ -87,36 +122,13 @@ def _trace(
 
     with mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention counts as random, and is not core ATen
         cotangents = [torch.empty_like(end, memory_format=torch.contiguous_format) for end in ends]
-        traced = make_fx(gradient, _DECOMPOSED, _allow_non_fake_inputs=True)(cotangents, values, weights)
-    _check_symbolic(batch, core)
+        traced = make_fx(gradient, DECOMPOSED, _allow_non_fake_inputs=True)(cotangents, values, weights)
+    _check_symbolic(batch, core)  # `batch` was read before the trace: a symbol that it fixed is none any more
     drop_detaches(traced)
     _functionalize(traced)
     _cancel_transposes(traced)
     traced.graph.eliminate_dead_code()
-    return _normal_form(traced, site, operands, [nodes[name] for name in operands], parameters, core, computed)
-
-
-def _pad(x: Tensor, pad: Sequence[int], value: float = 0) -> Tensor:
-    """``constant_pad_nd`` by slices and concatenations: torch's own reads sizes as integers, forward and backward."""
-    for place in range(len(pad) // 2):
-        dim = x.dim() - 1 - place
-        before, after = pad[2 * place : 2 * place + 2]
-        if before < 0 or after < 0:
-            x = x.narrow(dim, max(-before, 0), x.shape[dim] + min(before, 0) + min(after, 0))
-        margins = [x.new_full([*x.shape[:dim], max(count, 0), *x.shape[dim + 1 :]], value) for count in (before, after)]
-        if before > 0 or after > 0:
-            x = torch.cat([margins[0], x, margins[1]], dim)
-    return x
-
-
-def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """``copy``, what an assignment to a slice becomes, has no derivative of its own."""
-    return source.to(target.dtype).expand_as(target).clone(memory_format=torch.contiguous_format)
-
-
-_DECOMPOSED = {torch.ops.aten.constant_pad_nd.default: _pad}
-_DIFFERENTIABLE: dict[Any, Any] = {torch.ops.aten.copy.default: _copy}
-"""What takes the place of operations that autograd does not know."""
+    return traced
 
 
 def _check_symbolic(batch: Any, core: fx.Node) -> None:
@@ -188,7 +200,7 @@ def _copied_region(
             known = inner if node in behind else inner | (members - own)
             sources = {n: mapping[n] if n in known else given[n] for n in node.all_input_nodes}
             mapping[node] = graph.node_copy(node, sources.__getitem__)
-            mapping[node].target = _DIFFERENTIABLE.get(node.target, node.target)
+            mapping[node].target = DIFFERENTIABLE.get(node.target, node.target)
     inside = [
         node
         for node in mapping
@@ -267,7 +279,8 @@ def _normal_form(
             raise UnreachedParameterError(
                 f"the parameter {target!r} has no local derivative at {describe(core)}: on its way there it passes an "
                 "operation whose derivative is zero (sign, round, comparison, argmax, detach). It would stay "
-                "untrained. Freeze it, or keep the operation without derivative on the activations."
+                "untrained. Freeze it, or keep the operation without derivative on the activations.",
+                [target],
             )
         gradients.append((Output("gradient", target), mapping[result]))
     inside = results[len(site.parameters) :]

@@ -10,15 +10,10 @@ import torch.nn.functional as F
 
 import onward
 from onward.cli.recipes import recipe_for
-from onward.cli.train import Training, run
+from onward.cli.train import run
 from onward.evidence.baselines.backpropagation import Backpropagation
 
 SEEDS = (0, 1, 2)
-
-
-def training_of(model: str) -> Training:
-    recipe = recipe_for(model)
-    return Training(recipe.epochs, recipe.batch_size, recipe.lr, recipe.optimizer)
 
 
 @functools.cache
@@ -27,7 +22,9 @@ def reference_accuracy(model: str, seed: int, straight_through: bool) -> float:
     dataset = onward.models.load("digits")
     torch.manual_seed(seed)
     twin = onward.models.build_for(model, dataset, **({"straight_through": True} if straight_through else {}))
-    return run(Backpropagation(twin, F.cross_entropy, seed), dataset, training_of(model), progress=False).test_accuracy
+    return run(
+        Backpropagation(twin, F.cross_entropy, seed), dataset, recipe_for(model).training, progress=False
+    ).test_accuracy
 
 
 def accuracies(
@@ -35,7 +32,7 @@ def accuracies(
 ) -> tuple[float, float, float]:
     """Test accuracy forward-only and by backpropagation: same weights, batches, optimizer and epochs; and the perturbed
     forwards a sample and step."""
-    dataset, training = onward.models.load("digits"), training_of(model)
+    dataset, training = onward.models.load("digits"), recipe_for(model).training
     torch.manual_seed(seed)
     net = onward.models.build_for(model, dataset)
     example = dataset.train.tensors[0][: training.batch_size]

@@ -21,7 +21,7 @@ import onward
 from onward.cli import app
 from onward.cli.common import make_estimator, parse_blocks, parse_groups, parse_options, parse_sigma
 from onward.cli.options import Common
-from onward.cli.recipes import RECIPES
+from onward.cli.recipes import recipe_names
 from onward.compiler.files import check_writable, write_whole
 from onward.compiler.save import read_manifest
 from onward.passes.errors import OptionError, OutputError
@@ -34,7 +34,7 @@ COMMON = {
     "--freeze",
 }  # fmt: skip
 TRAIN = {
-    "--model", "--epochs", "--batch-size", "--lr", "--optimizer", "--compare-bp", "--directory", "--resume",
+    "--model", "--recipe", "--epochs", "--batch-size", "--lr", "--optimizer", "--compare-bp", "--directory", "--resume",
     "--workers", "--streams", "--memory", "--checkpoint-every", "--tensorboard", "--json", "--quiet", "-q",
 }  # fmt: skip
 FIDELITY = {
@@ -67,6 +67,7 @@ OPTIONS = {
     "compare": COMPARE,
     "models": set(),
     "data": set(),
+    "recipes": {"--markdown"},
 }
 TINY = (
     "--model", "mlp", "--model-option", "hidden=(16,)", "--copies", "8", "--reach", "0", "--batch-size", "64",
@@ -162,7 +163,7 @@ def test_lists_and_version():
     assert all(name in models for name in onward.models.MODELS)
     assert all(name in call("data").output for name in onward.models.DATASETS)
     assert torch.__version__ in call("--version").output
-    assert RECIPES.keys() == onward.models.MODELS.keys()
+    assert set(onward.models.MODELS) <= set(recipe_names())
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -422,7 +423,7 @@ def test_inspect_says_why_a_model_does_not_compile(factories, factory, word):
         (("train", "--sigma", "0"), "sigma=0.0"),
         (("train", "--lr", "0"), "learning rate must be positive"),
         (("train", "--model", "mlp", "--epochs", "0"), "epochs"),
-        (("train", "--batch-size", "0"), "--batch-size 0"),
+        (("train", "--batch-size", "0"), "batch_size=0"),
         (("train", "--threads", "0"), "--threads 0"),
         (("train", "--device", "tpu"), "--device 'tpu'"),
         (("train", "--resume"), "--directory"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -164,7 +165,7 @@ def test_a_constant_channel_divides_by_one(constant: float) -> None:
 def test_unknown_data_sets_show_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown data set 'fashion_mnist'. Did you mean 'fashion-mnist'\?"):
         load("fashion_mnist")
-    assert set(DATASETS) == {"digits", "mnist5k", "linear", "fashion-mnist", "cifar10", "cifar100"}
+    assert set(DATASETS) == {"digits", "mnist5k", "linear", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet"}
 
 
 def pil_images(mode: str, num: int, size: tuple[int, int]) -> tuple[np.ndarray[Any, Any], list[Image.Image]]:
@@ -223,18 +224,25 @@ def test_a_missing_library_says_what_to_install(name: str, library: str, monkeyp
         load(name)
 
 
+def write_splits(folder: Path, splits: dict[str, list[Image.Image]]) -> str:
+    """Parquet files of labelled images, three classes in turn, named as those of the hub."""
+    library = pytest.importorskip("datasets", reason="needs the extra 'data'")
+    (folder / "data").mkdir(parents=True)
+    features = library.Features(img=library.Image(), fine_label=library.ClassLabel(names=["a", "b", "c"]))
+    for split, images in splits.items():
+        columns = {"img": images, "fine_label": [number % 3 for number in range(len(images))]}
+        library.Dataset.from_dict(columns, features=features).to_parquet(
+            folder / "data" / f"{split}-00000-of-00001.parquet"
+        )
+    return str(folder)
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a data set that the library `datasets` reads from Parquet files, as it reads those of the hub."""
-    library = pytest.importorskip("datasets", reason="needs the extra 'data'")
-    folder = tmp_path / "images"
-    folder.mkdir()
-    features = library.Features(img=library.Image(), fine_label=library.ClassLabel(names=["a", "b", "c"]))
-    for split, num in (("train", 12), ("test", 5)):
-        _, images = pil_images("RGB", num, (8, 8))
-        columns = {"img": images, "fine_label": [number % 3 for number in range(num)]}
-        library.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
-    monkeypatch.setitem(HUB_SOURCES, "cifar100", HubSource(str(folder), "img", "fine_label", 3, "Noise"))
+    """The name of a data set that is read from Parquet files."""
+    splits = {split: pil_images("RGB", num, (8, 8))[1] for split, num in (("train", 12), ("test", 5))}
+    folder = write_splits(tmp_path / "images", splits)
+    monkeypatch.setitem(HUB_SOURCES, "cifar100", HubSource(folder, "img", "fine_label", 3, "Noise"))
     return "cifar100"
 
 
@@ -248,11 +256,29 @@ def test_hub_data_sets_load(hub: str, tmp_path: Path) -> None:
     assert any((tmp_path / "cache").iterdir())
 
 
+def test_gray_images_among_colored_ones_become_colored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in Tiny-ImageNet, whose split for testing is called valid."""
+    (colors, colored), (grays, gray) = (pil_images(mode, 3, (6, 6)) for mode in ("RGB", "L"))
+    folder = write_splits(tmp_path / "images", {"train": [*colored, *gray], "valid": [*gray, *colored]})
+    source = replace(HUB_SOURCES["tiny-imagenet"], path=folder, image="img", label="fine_label", num_classes=3)
+    monkeypatch.setitem(HUB_SOURCES, "tiny-imagenet", source)
+    dataset = load("tiny-imagenet", root=tmp_path / "cache")
+    pixels = [array.tobytes() for array in (*colors.transpose(0, 3, 1, 2), *np.stack([grays] * 3, 1))]
+    expected = {image: number % 3 for number, image in enumerate(pixels)}
+    assert labelled_images(dataset) == expected
+    assert len(dataset.train) == len(dataset.test) == 6
+    assert "split 'valid'" in dataset.source
+    monkeypatch.setitem(HUB_SOURCES, "tiny-imagenet", replace(source, test="test"))
+    with pytest.raises(DataError, match="has no split 'test'; it has train, valid"):
+        load("tiny-imagenet", root=tmp_path / "cache")
+
+
 def test_an_unreachable_hub_says_what_to_do(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(HUB_SOURCES, hub, HubSource(str(tmp_path / "none"), "img", "label", 3, "Nothing"))
     with pytest.raises(DataError, match="HF_HOME") as caught:
         load(hub, root=tmp_path / "cache")
     assert "HF_DATASETS_OFFLINE=1" in str(caught.value)
+    assert "'digits' needs no network" in str(caught.value)
     assert caught.value.__cause__ is not None
 
 

@@ -73,6 +73,14 @@ def test_mistakes_freeze_nothing(patterns: tuple[str, ...], keep: Any, error: An
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_the_twin_that_backpropagation_trains_is_frozen_too() -> None:
+    data = onward.models.load("digits")
+    model = onward.models.build_for("sign_mlp", data)
+    names = onward.freeze(model, "fc1")
+    twin = onward.models.twin_of("sign_mlp", data, model)
+    assert [name for name, parameter in twin.named_parameters() if not parameter.requires_grad] == [*names]
+
+
 # --- what it costs ----------------------------------------------------------------------------------------------------
 
 

@@ -447,7 +447,7 @@ def test_unknown_names_show_the_nearest() -> None:
 
 
 def test_unknown_options_show_what_the_factory_takes() -> None:
-    with pytest.raises(OptionError, match=r"unexpected keyword argument 'widht'. It takes \(num_classes"):
+    with pytest.raises(UnknownNameError, match=r"unknown option of model 'resnet5' 'widht'. Did you mean 'width'\?"):
         build("resnet5", widht=8)
     with pytest.raises(OptionError, match="image_size must be at least 8"):
         build("vgg8", image_size=4)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from ...passes.errors import OptionError, unknown_name
+from ..augment import AUGMENTATIONS
 from ..batches import TensorBatches
 
 
@@ -119,14 +121,27 @@ def split_by_class(name: str, inputs: Tensor, targets: Tensor, seed: int, *, num
     )
 
 
-def loaders(dataset: Dataset, batch_size: int, seed: int) -> tuple[TensorBatches, TensorBatches]:
+def loaders(dataset: Dataset, batch_size: int, seed: int, augment: str = "none") -> tuple[TensorBatches, TensorBatches]:
     """Training batches, shuffled by a generator of their own that starts at `seed`, and test batches in fixed order.
 
+    Args:
+        dataset: Where they are from.
+        batch_size: Samples in a batch; the last ones may have fewer.
+        seed: Of the order and the augmentation.
+        augment: What changes the training batches: a name in `onward.models.augment.AUGMENTATIONS`, or "none".
+
     Raises:
-        OptionError: `batch_size` is below 1.
+        UnknownNameError: No augmentation has this name.
+        OptionError: `batch_size` is below 1, or what is to be augmented are no images.
     """
+    if augment != "none" and augment not in AUGMENTATIONS:
+        raise unknown_name("augmentation", augment, ("none", *AUGMENTATIONS))
+    if augment != "none" and len(dataset.input_shape) != 3:
+        raise OptionError(
+            f"augmentation {augment!r} is of images; an input of {dataset.name!r} has the shape {dataset.input_shape}."
+        )
     generator = torch.Generator().manual_seed(seed)
     return (
-        TensorBatches(dataset.train, batch_size, shuffle=True, generator=generator),
+        TensorBatches(dataset.train, batch_size, shuffle=True, generator=generator, augment=AUGMENTATIONS.get(augment)),
         TensorBatches(dataset.test, batch_size),
     )

@@ -25,6 +25,8 @@ class HubSource:
         label: Column of the class numbers.
         num_classes: Number of classes.
         about: What the data are, for `Dataset.source`.
+        mode: Pillow's mode that all images are brought into: "RGB" or "L".
+        test: The split to test on; that for training is "train".
     """
 
     path: str
@@ -32,19 +34,32 @@ class HubSource:
     label: str
     num_classes: int
     about: str
+    mode: str = "RGB"
+    test: str = "test"
 
 
 HUB_SOURCES: dict[str, HubSource] = {
     "fashion-mnist": HubSource(
-        "zalando-datasets/fashion_mnist", "image", "label", 10, "Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747)"
+        "zalando-datasets/fashion_mnist",
+        "image",
+        "label",
+        10,
+        "Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747)",
+        mode="L",
     ),
     "cifar10": HubSource("uoft-cs/cifar10", "img", "label", 10, "CIFAR-10 (Krizhevsky 2009)"),
     "cifar100": HubSource("uoft-cs/cifar100", "img", "fine_label", 100, "CIFAR-100, fine labels (Krizhevsky 2009)"),
+    # Some of its images are gray; the labels of its own test split have never been published.
+    "tiny-imagenet": HubSource(
+        "zh-plus/tiny-imagenet", "image", "label", 200, "Tiny-ImageNet, 64×64 (Stanford CS231n, 2015)", test="valid"
+    ),
 }
 
 
-def split_to_tensors(split: Any, image: str, label: str) -> tuple[Tensor, Tensor]:
+def split_to_tensors(split: Any, image: str, label: str, mode: str = "RGB") -> tuple[Tensor, Tensor]:
     """Convert a split of a `datasets.Dataset` to (images as `images_to_tensor` has them, class numbers as int64).
+
+    Images of another Pillow mode than `mode` are converted.
 
     Raises:
         DataError: The column `image` or `label` is missing, or the images are not as `images_to_tensor` needs them.
@@ -52,7 +67,8 @@ def split_to_tensors(split: Any, image: str, label: str) -> tuple[Tensor, Tensor
     for column in (image, label):
         if column not in split.column_names:
             raise DataError(f"the data set has no column {column!r}; it has {', '.join(split.column_names)}.")
-    return images_to_tensor(split[image]), torch.tensor(list(split[label]), dtype=torch.int64)
+    images = images_to_tensor(picture.convert(mode) for picture in split[image])
+    return images, torch.tensor(list(split[label]), dtype=torch.int64)
 
 
 def load_hub(name: str, source: HubSource, root: Path | None) -> Dataset:
@@ -71,14 +87,18 @@ def load_hub(name: str, source: HubSource, root: Path | None) -> Dataset:
         raise DataError(
             f"data set {name!r} ({source.path}) could not be loaded: {type(error).__name__}: {error}. Without a "
             "network it must be in the cache: load it once where there is one, point HF_HOME to that cache (or give "
-            "its folder as root), and set HF_DATASETS_OFFLINE=1."
+            "its folder as root), and set HF_DATASETS_OFFLINE=1. The data set 'digits' needs no network."
         ) from error
+    for split in ("train", source.test):
+        if split not in splits:
+            raise DataError(f"data set {name!r} ({source.path}) has no split {split!r}; it has {', '.join(splits)}.")
     return make_dataset(
         name,
-        split_to_tensors(splits["train"], source.image, source.label),
-        split_to_tensors(splits["test"], source.image, source.label),
+        split_to_tensors(splits["train"], source.image, source.label, source.mode),
+        split_to_tensors(splits[source.test], source.image, source.label, source.mode),
         num_classes=source.num_classes,
-        source=f"{source.about}, from the Hugging Face hub ({source.path}), with its own training and test split.",
+        source=f"{source.about}, from the Hugging Face hub ({source.path}), trained on its split 'train' and tested on "
+        f"its split {source.test!r}.",
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``onward train | compile | inspect | fidelity | compare | models | data``."""
+"""The command line: ``onward train | compile | inspect | fidelity | compare | models | data | recipes``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .compare import compare_
 from .compile import compile_
 from .fidelity import fidelity
 from .inspect import inspect
-from .lists import data, models
+from .lists import data, models, recipes
 from .train import train
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ for _name, _command in (
     ("compare", compare_),
     ("models", models),
     ("data", data),
+    ("recipes", recipes),
 ):
     app.command(_name, help=_help(_command))(_command)
 

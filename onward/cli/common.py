@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
-import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -18,13 +17,19 @@ from ..compiler.driver import compile_model
 from ..compiler.estimator import SEGMENTS, LikelihoodRatio
 from ..compiler.program import CompiledModel
 from ..freezing import freeze
-from ..models import Dataset, build_for, load
-from ..passes.errors import OptionError
+from ..models import Dataset, build_for, load, twin_of
+from ..passes.errors import DataError, OptionError
 from ..runtime.calibration.record import Calibration
 from .options import Common
-from .recipes import AUTO, PLAIN, Recipe, recipe_for
+from .recipes import Recipe, see_working_directory
 
 DEVICES = ("cpu", "cuda")
+
+AUTO = LikelihoodRatio.auto()
+
+PLAIN = LikelihoodRatio(groups="layerwise", copies=64, sigma=0.1)
+"""In place of a recipe's learned feedback where options ask for what that does not have."""
+
 Value = TypeVar("Value", int, float, str)
 
 
@@ -37,41 +42,59 @@ class Setup:
     example: Tensor
     estimator: LikelihoodRatio | Calibration
     recipe: Recipe
+    """With the options' data and model options in place of its own."""
+    twin: Callable[[], nn.Module]
+    """Makes what backpropagation trains in the model's place, from the weights that the model has then."""
 
 
-def set_up(model: str, common: Common, batch_size: int | None = None) -> Setup:
-    """Data, model and estimator as the options say; `batch_size` is that of the example."""
-    recipe = recipe_for(model)
-    estimator = make_estimator(common)  # first: it is quick, and most mistakes are there
+def set_up(recipe: Recipe, common: Common, batch_size: int | None = None) -> Setup:
+    """Data, model and estimator as the recipe says, and before it the options; `batch_size` is that of the example."""
+    estimator = make_estimator(common, recipe.estimator)  # first: it is quick, and most mistakes are there
     device = find_device(common.device)
     if common.threads is not None:
         if common.threads < 1:
             raise OptionError(f"--threads {common.threads}: at least one thread is needed.")
         torch.set_num_threads(common.threads)
-    if ":" in model and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    see_working_directory(recipe.model)
     if batch_size is not None and batch_size < 1:
         raise OptionError(f"--batch-size {batch_size}: a batch needs at least one sample.")
-    dataset = on_device(load(common.data), device)
-    torch.manual_seed(common.seed)
-    built = build(model, dataset, common).to(device)
-    example = dataset.train.tensors[0][: batch_size or recipe.batch_size]
-    return Setup(dataset, built, example, estimator, recipe)
+    options = {**recipe.model_options, **parse_options(common.model_option or [])}
+    dataset = on_device(_load(recipe, common.data), device)
+    recipe = replace(recipe, data=dataset.name, model_options=options)
+    built = build_model(recipe, dataset, common.seed, common.freeze).to(device)
+    example = dataset.train.tensors[0][: batch_size or recipe.training.batch_size]
+    twin = functools.partial(twin_of, recipe.model, dataset, built, **options)
+    return Setup(dataset, built, example, estimator, recipe, twin)
 
 
-def build(model: str, dataset: Dataset, common: Common) -> nn.Module:
-    """The model by name, with what is frozen."""
-    built = build_for(model, dataset, **parse_options(common.model_option or []))
-    if common.freeze:
-        freeze(built, *common.freeze)
+def build_model(
+    recipe: Recipe, dataset: Dataset, seed: int, frozen: Sequence[str] | None = None, **options: object
+) -> nn.Module:
+    """A recipe's model for a data set, its weights from the seed; `options` go before the recipe's."""
+    torch.manual_seed(seed)
+    built = build_for(recipe.model, dataset, **{**recipe.model_options, **options})
+    if frozen:
+        freeze(built, *frozen)
     return built
 
 
-def make_estimator(common: Common) -> LikelihoodRatio | Calibration:
-    """The estimator: a calibration (``--calibration``), or what is given, else ``--alr``, else ``auto``.
+def _load(recipe: Recipe, data: str | None) -> Dataset:
+    try:
+        return load(data or recipe.data)
+    except DataError as error:
+        if data not in (None, recipe.data) or recipe.twin is None:
+            raise
+        raise DataError(
+            f"{error} The recipe {recipe.twin!r} is the twin of {recipe.name!r} on data that need no network: onward "
+            f"train --recipe {recipe.twin}"
+        ) from error
+
+
+def make_estimator(common: Common, base: LikelihoodRatio = AUTO) -> LikelihoodRatio | Calibration:
+    """The estimator: a calibration (``--calibration``), or what is given, else ``--alr``, else the recipe's.
 
     Options that learned feedback cannot have (``--groups layerwise``, ``--capture sign``, …) choose the plain
-    estimator.
+    estimator in its place.
     """
     given: dict[str, Any] = {
         "noise": common.noise,
@@ -107,10 +130,12 @@ def make_estimator(common: Common) -> LikelihoodRatio | Calibration:
         return Calibration.load(common.calibration)
     if common.alr:
         return LikelihoodRatio.alr(**settings)
+    if base.feedback == "learned" and _without_feedback(settings):
+        base = PLAIN
     if settings.get("correction", "none") != "none":
         settings.setdefault("probe_every", 1)  # it needs copies every step
         settings.setdefault("blocks", 1)  # and is unbiased for blocks' means only
-    return LikelihoodRatio(**{**(PLAIN if _without_feedback(settings) else AUTO), **settings})
+    return replace(base, **settings)
 
 
 def settings_of(estimator: LikelihoodRatio | Calibration) -> LikelihoodRatio:

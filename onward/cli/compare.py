@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,10 +23,11 @@ from ..evidence.plots import check_plot
 from ..evidence.provenance import describe, machine
 from ..models import build_for
 from ..runtime.training.metrics import jsonable
-from .common import parse_options, set_up
+from .common import set_up
 from .common import to_json as json_text
 from .options import MODEL_HELP, Common, with_errors
-from .train import Training, make_optimizer
+from .recipes import recipe_for
+from .training import make_optimizer
 
 _TRAINING = "Training"
 _OUTPUT = "Output"
@@ -37,7 +39,9 @@ WIDTH = 120
 
 def compare_(
     model: Annotated[str, Argument(metavar="[MODEL]", help=MODEL_HELP)] = "mlp",
-    data: Annotated[str, Option(metavar="NAME", help="Data set (`onward data`).")] = "digits",
+    data: Annotated[
+        str | None, Option(metavar="NAME", help="Data set (`onward data`). [dim]\\[default: of the model][/dim]")
+    ] = None,
     model_option: Annotated[
         list[str] | None, Option(metavar="KEY=VALUE", help="Argument of the model's factory; may be repeated.")
     ] = None,
@@ -153,19 +157,18 @@ def _compare(
             check_writable(path)
     if plot_file is not None:
         check_plot(plot_file)
-    setup = set_up(model, common, batch_size)
-    recipe = setup.recipe
-    training = Training(0, batch_size or recipe.batch_size, recipe.lr, optimizer or recipe.optimizer)
-    make_optimizer(setup.model, training)  # a mistake in it shows before the work
+    recipe = recipe_for(model)
+    given: dict[str, Any] = {"batch_size": batch_size, "optimizer": optimizer}
+    training = replace(recipe.training, **{name: value for name, value in given.items() if value is not None})
+    setup = set_up(recipe, common, batch_size)
     check_classifies(setup.model, setup.dataset)
-    options = parse_options(common.model_option or [])
 
     def make_with(net: nn.Module, lr: float) -> torch.optim.Optimizer:
-        return make_optimizer(net, Training(0, training.batch_size, lr, training.optimizer))
+        return make_optimizer(net, replace(training, lr=lr))
 
     task = Task(
         setup.dataset,
-        lambda: build_for(model, setup.dataset, **options),
+        lambda: build_for(model, setup.dataset, **setup.recipe.model_options),
         make_with,
         F.cross_entropy,
         training.batch_size,
@@ -175,9 +178,9 @@ def _compare(
     console = Console(width=None if Console().is_terminal else WIDTH)
     if not quiet:
         console.print(
-            f"[bold]{model}[/bold] on [bold]{common.data}[/bold]: {len(methods)} methods, {budget:g} forwards for each "
-            f"of {len(setup.dataset.train):,} samples, seeds {', '.join(map(str, seeds))}; {training.optimizer}, "
-            f"batches of {training.batch_size}",
+            f"[bold]{model}[/bold] on [bold]{setup.dataset.name}[/bold]: {len(methods)} methods, {budget:g} forwards "
+            f"for each of {len(setup.dataset.train):,} samples, seeds {', '.join(map(str, seeds))}; "
+            f"{training.optimizer}, batches of {training.batch_size}",
             highlight=False,
         )
         console.print(describe(where), highlight=False, style="dim")
@@ -202,7 +205,7 @@ def _compare(
     told = {
         "model": model,
         "model_options": common.model_option or [],
-        "data": common.data,
+        "data": setup.dataset.name,
         "samples": len(setup.dataset.train),
         "optimizer": training.optimizer,
         "batch_size": training.batch_size,

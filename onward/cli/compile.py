@@ -13,6 +13,7 @@ from ..runtime.plan import format_plan, make_plan
 from ..runtime.versions import versions
 from .common import compile_setup, set_up
 from .options import MODEL_HELP, Common, with_common
+from .recipes import recipe_for
 
 
 @with_common
@@ -35,7 +36,7 @@ def compile_(
       onward compile resnet5 --data digits -o out/resnet5
     """
     check_folder(output, replace=force)
-    setup = set_up(model, common)
+    setup = set_up(recipe_for(model), common)
     compiled = compile_setup(setup)
     manifest = save_program(
         compiled,
@@ -44,7 +45,7 @@ def compile_(
         plan=format_plan(make_plan(compiled)),
         versions=versions(),
         settings={
-            "data": common.data,
+            "data": setup.dataset.name,
             "model_options": common.model_option or [],
             "freeze": common.freeze or [],
             "seed": common.seed,

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import torch.nn.functional as F
 import typer
 from rich.console import Console
@@ -31,12 +30,13 @@ from ..models import loaders
 from ..passes.errors import OnwardError, OptionError
 from ..runtime.training.metrics import jsonable
 from ..runtime.training.trainer import Trainer
-from .common import Setup, build, find_device, set_up, settings_of, to_json
+from .common import Setup, build_model, find_device, parse_options, set_up, settings_of, to_json
 from .fidelity_cases import Case, make_cases, sweepable
 from .fidelity_tables import print_tables
 from .options import MODEL_HELP, Common, with_common
-from .train import Training, make_optimizer
+from .recipes import recipe_for
 from .train import run as train_with
+from .training import make_optimizer
 
 _MEASURING = "Measuring"
 _OUTPUT = "Output"
@@ -160,24 +160,24 @@ def fidelity(
             check_writable(file)
     if plot is not None:
         check_plot(plot)
-    setup = set_up(model, common, batch_size)
+    setup = set_up(recipe_for(model), common, batch_size)
     axes = [parse_axis(text, sweepable(model)) for text in sweeps or []]
-    cases = make_cases(common, axes)
+    cases = make_cases(common, axes, setup.recipe.estimator)
     measuring = Measuring(len(setup.example), replicates, learn_steps, after, train, runs)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if not quiet:
         _announce(console, model, common, setup, measuring, axes)
-    found, interrupted = run(model, common, setup, cases, measuring, progress=not quiet)
+    found, interrupted = run(common, setup, cases, measuring, progress=not quiet)
     slopes = scaling(found)
     provenance = machine(find_device(common.device))
     if json_file is not None:
-        result = _result(model, common, sweeps or [], cases, measuring, interrupted) | {"machine": provenance}
+        result = _result(setup, common, sweeps or [], cases, measuring, interrupted) | {"machine": provenance}
         result |= fidelity_report.to_json(found, slopes)
         for measured, case in zip(result["measured"], cases, strict=False):
             measured["estimator"] = None if case.estimator is None else settings_of(case.estimator).to_json()
         write_whole(json_file, to_json(jsonable(result)))
     if plot is not None and any(one.fidelity is not None for one in found):
-        caption = f"{model} on {common.data}, {_about(measuring)}, seed {common.seed}. {describe(provenance)}"
+        caption = f"{model} on {setup.dataset.name}, {_about(measuring)}, seed {common.seed}. {describe(provenance)}"
         write_whole(plot, to_svg(fidelity_report.panels(found, axes), caption))
     print_tables(console, found, axes, slopes, per_site)
     if interrupted:
@@ -186,7 +186,7 @@ def fidelity(
 
 
 def run(
-    model: str, common: Common, setup: Setup, cases: Sequence[Case], measuring: Measuring, *, progress: bool
+    common: Common, setup: Setup, cases: Sequence[Case], measuring: Measuring, *, progress: bool
 ) -> tuple[list[Measured], bool]:
     """Measure the cases; whether it was interrupted. A mistake in the only case is an error, not a result."""
     by_settings = {tuple(case.settings.items()): case for case in cases}
@@ -207,7 +207,7 @@ def run(
             raise OptionError(case.refusal)
         options = tuple(case.common.model_option or [])
         if options not in models:
-            models[options] = _prepared(model, case.common, setup, measuring)
+            models[options] = _prepared(common, setup, options, measuring)
         return _measure(models[options], case, setup, measuring, bar)
 
     def measured_alone() -> Iterator[Measured]:
@@ -220,7 +220,7 @@ def run(
                 found.append(measured)  # before the training, which may be interrupted
                 if measuring.train and measured.fidelity is not None:
                     case = by_settings[tuple(measured.settings.items())]
-                    found[-1] = _train(measured, model, case, setup, measuring, bar)
+                    found[-1] = _train(measured, case, setup, measuring, bar)
         except KeyboardInterrupt:
             return found, True
     if all(one.fidelity is None for one in found):
@@ -229,17 +229,16 @@ def run(
     return found, False
 
 
-def _prepared(name: str, common: Common, setup: Setup, measuring: Measuring) -> nn.Module:
+def _prepared(common: Common, setup: Setup, options: tuple[str, ...], measuring: Measuring) -> nn.Module:
     """The model with these options, from the seed, trained by backpropagation if that is asked for."""
-    torch.manual_seed(common.seed)
-    built = build(name, setup.dataset, common).to(setup.example.device)
+    built = build_model(setup.recipe, setup.dataset, common.seed, common.freeze, **parse_options(list(options)))
+    built = built.to(setup.example.device)
     check_classifies(built, setup.dataset)
     if measuring.after:
-        recipe = setup.recipe
-        training = Training(measuring.after, recipe.batch_size, recipe.lr, recipe.optimizer)
+        training = setup.recipe.training
         judge = Backpropagation(built, F.cross_entropy, common.seed)
         trainer = Trainer(judge, make_optimizer(built, training), progress=False)
-        trainer.fit(loaders(setup.dataset, recipe.batch_size, common.seed)[0], measuring.after)
+        trainer.fit(loaders(setup.dataset, training.batch_size, common.seed)[0], measuring.after)
     return built
 
 
@@ -263,20 +262,24 @@ def _measure(model: nn.Module, case: Case, setup: Setup, measuring: Measuring, b
         bar.remove_task(task)
 
 
-def _train(measured: Measured, name: str, case: Case, setup: Setup, measuring: Measuring, bar: Progress) -> Measured:
+def _train(measured: Measured, case: Case, setup: Setup, measuring: Measuring, bar: Progress) -> Measured:
     """`measured` with what training from new weights with this estimator gave, once a seed."""
-    recipe = setup.recipe
-    training = Training(measuring.train, recipe.batch_size, recipe.lr, recipe.optimizer)
+    training = replace(setup.recipe.training, epochs=measuring.train)
     title = fidelity_report.label(case.settings) or "estimator"
     task = bar.add_task(f"{title}: training", total=measuring.runs)
     accuracies, forwards = [], []
     try:
         for seed in range(case.common.seed, case.common.seed + measuring.runs):
-            torch.manual_seed(seed)
-            built = build(name, setup.dataset, case.common)
+            built = build_model(
+                setup.recipe,
+                setup.dataset,
+                seed,
+                case.common.freeze,
+                **parse_options(case.common.model_option or []),
+            )
             program = compile_program(
                 built.to(setup.example.device),
-                setup.dataset.train.tensors[0][: recipe.batch_size],
+                setup.dataset.train.tensors[0][: training.batch_size],
                 loss=F.cross_entropy,
                 estimator=case.estimator,
                 seed=seed,
@@ -305,17 +308,17 @@ def _about(measuring: Measuring) -> str:
 def _announce(
     console: Console, model: str, common: Common, setup: Setup, measuring: Measuring, axes: Sequence[Axis]
 ) -> None:
-    console.print(f"[bold]{model}[/bold] on [bold]{common.data}[/bold]: {_about(measuring)}, seed {common.seed}")
+    console.print(f"[bold]{model}[/bold] on [bold]{setup.dataset.name}[/bold]: {_about(measuring)}, seed {common.seed}")
     if not axes:
         console.print(describe_estimator(settings_of(setup.estimator).to_json()))
 
 
 def _result(
-    model: str, common: Common, sweeps: Sequence[str], cases: Sequence[Case], measuring: Measuring, interrupted: bool
+    setup: Setup, common: Common, sweeps: Sequence[str], cases: Sequence[Case], measuring: Measuring, interrupted: bool
 ) -> dict[str, Any]:
     return {
-        "model": model,
-        "data": common.data,
+        "model": setup.recipe.model,
+        "data": setup.dataset.name,
         "seed": common.seed,
         "settings": {
             **dataclasses.asdict(measuring),

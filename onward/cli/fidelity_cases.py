@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args, get_type_hints
 
 from ..compiler.estimator import LikelihoodRatio
 from ..evidence.sweep import Axis, Settings, combinations
-from ..models.registry import find_factory
+from ..models.registry import find_signature
 from ..passes.errors import OptionError, UnknownNameError
 from ..runtime.calibration.record import Calibration
-from .common import make_estimator, settings_of
+from .common import AUTO, make_estimator, settings_of
 from .options import Common
 
 ESTIMATOR_OPTIONS = {field.name for field in dataclasses.fields(LikelihoodRatio)} & {
@@ -35,14 +34,12 @@ class Case:
 
 def sweepable(model: str) -> set[str]:
     """What can be swept: options of the estimator, and arguments of the model's factory."""
-    try:
-        return ESTIMATOR_OPTIONS | set(inspect.signature(find_factory(model)).parameters)
-    except ValueError:  # a callable written in C need not have a signature
-        return ESTIMATOR_OPTIONS
+    signature = find_signature(model)
+    return ESTIMATOR_OPTIONS | set(signature.parameters if signature is not None else ())
 
 
-def make_cases(common: Common, axes: Sequence[Axis]) -> list[Case]:
-    """Every combination of the swept settings, in place of those options on the command line.
+def make_cases(common: Common, axes: Sequence[Axis], recipe: LikelihoodRatio = AUTO) -> list[Case]:
+    """Every combination of the swept settings, in place of those options on the command line and those of the recipe.
 
     Where one combination asks for what learned feedback does not have, all that leave `feedback` open are without it:
     else they would differ in more than what is swept.
@@ -52,13 +49,13 @@ def make_cases(common: Common, axes: Sequence[Axis]) -> list[Case]:
         UnknownNameError: a value is a name that is not known.
     """
     cases = [(settings, _with(common, settings)) for settings in combinations(axes)]
-    estimators = [_try_estimator(each) for _, each in cases]
+    estimators = [_try_estimator(each, recipe) for _, each in cases]
     plain = [settings_of(made).feedback == "none" for made, _ in estimators if made is not None]
     if common.feedback is None and common.calibration is None and any(plain) and not all(plain):
         cases = [
             (settings, each if "feedback" in settings else replace(each, feedback="none")) for settings, each in cases
         ]
-        estimators = [_try_estimator(each) for _, each in cases]
+        estimators = [_try_estimator(each, recipe) for _, each in cases]
     made = [
         Case(settings, each, estimator, refusal)
         for (settings, each), (estimator, refusal) in zip(cases, estimators, strict=True)
@@ -98,10 +95,10 @@ _READERS: Mapping[type, tuple[str, Callable[[str], Any]]] = {
 }
 
 
-def _try_estimator(common: Common) -> tuple[LikelihoodRatio | Calibration | None, str]:
+def _try_estimator(common: Common, recipe: LikelihoodRatio) -> tuple[LikelihoodRatio | Calibration | None, str]:
     """The estimator, or why there is none. A name that is not known is a mistake, whatever it is combined with."""
     try:
-        return make_estimator(common), ""
+        return make_estimator(common, recipe), ""
     except UnknownNameError:
         raise
     except OptionError as error:

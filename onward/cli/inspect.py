@@ -33,6 +33,7 @@ from ..runtime.program import Program
 from .common import compile_setup, set_up, to_json
 from .memory import check_memory, render_memory
 from .options import MODEL_HELP, Common, with_common
+from .recipes import recipe_for
 from .schedule import check_schedule, record_schedule, render_schedule
 
 CALIBRATION_SAMPLES = 128
@@ -147,7 +148,7 @@ def inspect(
             return
     if model is None:
         raise OptionError("inspect needs a model: `onward models` lists those of the zoo; or --rules.")
-    setup = set_up(model, common)
+    setup = set_up(recipe_for(model), common)
     try:
         compiled = compile_setup(setup)
     except (BatchError, CaptureError, UnreachedParameterError, UnsupportedModelError) as error:
@@ -168,7 +169,7 @@ def inspect(
             target,
             budget=4.0 if budget is None else budget,
             choose=None if choose is None else [name.strip() for name in choose.split(",")],
-            batch_size=setup.recipe.batch_size,
+            batch_size=setup.recipe.training.batch_size,
         )
         Console(width=None if sys.stdout.isatty() else 120).print(calibration.table(), highlight=False)
         if output is not None:

@@ -1,16 +1,18 @@
-"""``onward models`` and ``onward data``: what there is."""
+"""``onward models``, ``onward data`` and ``onward recipes``: what there is."""
 
 from __future__ import annotations
 
 import inspect
+from typing import Annotated
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer import Option
 
 from ..models import DATASETS, MODELS
 from ..models.data import HUB_SOURCES
-from .recipes import recipe_for
+from .recipes import find_recipe, recipe_for, recipe_names
 
 _PACKAGED = {
     "digits": ("8×8 digits of scikit-learn, 1,797 images", "nothing"),
@@ -31,8 +33,7 @@ def models() -> None:
         parameters = inspect.signature(factory).parameters.values()
         options = ", ".join(f"{p.name}={p.default}" for p in parameters)
         recipe = recipe_for(name)
-        trained = f"{recipe.epochs} epochs, batches of {recipe.batch_size}, {recipe.optimizer}, lr {recipe.lr:g}"
-        table.add_row(name, options, trained)
+        table.add_row(name, options, f"{recipe.data}; {recipe.training}")
     console = Console(highlight=False)
     console.print(table)
     console.print("Your own: package.module:factory, found from the working directory.", style="dim")
@@ -48,4 +49,28 @@ def data() -> None:
             table.add_row(name, HUB_SOURCES[name].about, escape("pip install 'onward[data]', and a network once"))
         else:
             table.add_row(name, *_PACKAGED[name])
+    Console(highlight=False).print(table)
+
+
+def recipes(
+    markdown: Annotated[bool, Option("--markdown", help="As a table of Markdown, for docs/recipes.md.")] = False,
+) -> None:
+    """List the recipes of `onward train --recipe`: an experiment each, and its twin on data that need no network.
+
+    [bold]Example[/bold]
+
+      onward train --recipe resnet9-mnist5k --compare-bp
+    """
+    found = [find_recipe(name) for name in recipe_names()]
+    if markdown:
+        print("| recipe | what | model | data | without a network |\n|---|---|---|---|---|")
+        for one in found:
+            instead = f"`{one.twin}`" if one.twin else "runs"
+            print(f"| `{one.name}` | {one.about} | `{one.model}` | {one.data} | {instead} |")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("recipe", "model", "data", "without a network"):
+        table.add_column(heading)
+    for one in found:
+        table.add_row(one.name, one.model, one.data, one.twin or "runs")
     Console(highlight=False).print(table)

@@ -41,7 +41,14 @@ class Common:
             rich_help_panel=_MODEL,
         ),
     ] = None
-    data: Annotated[str, Option(metavar="NAME", help="Data set (`onward data`).", rich_help_panel=_MODEL)] = "digits"
+    data: Annotated[
+        str | None,
+        Option(
+            metavar="NAME",
+            help="Data set (`onward data`). [dim]\\[default: of the model, digits for your own][/dim]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
     alr: Annotated[
         bool,
         Option(

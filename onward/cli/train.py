@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import platform
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +11,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from typer import Option
 
 from ..api import compile as compile_program
@@ -21,8 +18,8 @@ from ..compiler.columns import quantity
 from ..compiler.files import check_writable, write_whole
 from ..compiler.report_text import describe_estimator
 from ..evidence.baselines.backpropagation import Backpropagation
-from ..models import Dataset, loaders
-from ..passes.errors import OptionError, unknown_name
+from ..models import TWINS, Dataset, loaders
+from ..passes.errors import OptionError
 from ..runtime.training.history import History
 from ..runtime.training.metrics import jsonable
 from ..runtime.training.trainable import TrainableProgram
@@ -30,25 +27,12 @@ from ..runtime.training.trainer import Trainer
 from ..runtime.versions import versions as software_versions
 from .common import Setup, set_up, settings_of, to_json
 from .options import MODEL_HELP, Common, with_common
+from .recipes import Recipe, find_recipe, recipe_for
+from .training import Training, make_optimizer, make_scheduler
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
-
+_MODEL = "Model and data"
 _TRAINING = "Training"
 _OUTPUT = "Output"
-
-
-@dataclass(frozen=True)
-class Training:
-    """How both methods train."""
-
-    epochs: int
-    batch_size: int
-    lr: float
-    optimizer: str
 
 
 @dataclass(frozen=True)
@@ -71,25 +55,42 @@ class Outcome:
 @with_common
 def train(
     common: Common,
-    model: Annotated[str, Option(metavar="NAME", help=MODEL_HELP, rich_help_panel="Model and data")] = "resnet5",
+    model: Annotated[
+        str | None,
+        Option(
+            metavar="NAME",
+            help=f"{MODEL_HELP} Short for the recipe of that name. [dim]\\[default: resnet5][/dim]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        Option(
+            metavar="NAME",
+            help="A recipe (`onward recipes`), or the path of its .toml file: model, data, training and estimator. The "
+            "other options go before what it says.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
     epochs: Annotated[
         int | None,
-        Option(help="Passes over the training data. [dim]\\[default: of the model][/dim]", rich_help_panel=_TRAINING),
+        Option(help="Passes over the training data. [dim]\\[default: of the recipe][/dim]", rich_help_panel=_TRAINING),
     ] = None,
     batch_size: Annotated[
-        int | None, Option(help="Samples a step. [dim]\\[default: of the model][/dim]", rich_help_panel=_TRAINING)
+        int | None, Option(help="Samples a step. [dim]\\[default: of the recipe][/dim]", rich_help_panel=_TRAINING)
     ] = None,
     lr: Annotated[
-        float | None, Option(help="Learning rate. [dim]\\[default: of the model][/dim]", rich_help_panel=_TRAINING)
+        float | None, Option(help="Learning rate. [dim]\\[default: of the recipe][/dim]", rich_help_panel=_TRAINING)
     ] = None,
     optimizer: Annotated[
-        str | None, Option(help="sgd, adam or adamw. [dim]\\[default: of the model][/dim]", rich_help_panel=_TRAINING)
+        str | None, Option(help="sgd, adam or adamw. [dim]\\[default: of the recipe][/dim]", rich_help_panel=_TRAINING)
     ] = None,
     compare_bp: Annotated[
         bool,
         Option(
             "--compare-bp",
-            help="Also train the same model by backpropagation: same first weights, batches, optimizer and epochs.",
+            help="Also train the same model by backpropagation: same first weights, batches, optimizer and epochs. A "
+            "model without derivative has a twin for that, with the same forward.",
             rich_help_panel=_TRAINING,
         ),
     ] = False,
@@ -155,24 +156,24 @@ def train(
 
       onward train --model resnet5 --data digits --compare-bp
 
+      onward train --recipe resnet9-cifar100 --compare-bp --device cuda
+
+      onward train --recipe my_recipe.toml --epochs 2 --model-option width=8
+
       onward train --model mlp --alr --copies 200
 
       onward train --model my_package.nets:build --directory runs/a --json runs/a.json
     """
-    setup = set_up(model, common, batch_size)
-    training = Training(
-        epochs=setup.recipe.epochs if epochs is None else epochs,
-        batch_size=setup.recipe.batch_size if batch_size is None else batch_size,
-        lr=setup.recipe.lr if lr is None else lr,
-        optimizer=setup.recipe.optimizer if optimizer is None else optimizer,
-    )
+    chosen = _choose(model, recipe)
+    given: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "optimizer": optimizer}
+    training = replace(chosen.training, **{name: value for name, value in given.items() if value is not None})
+    setup = set_up(replace(chosen, training=training), common)
     if json_file is not None:
         check_writable(json_file)
     if resume and directory is None:
         raise OptionError("--resume needs the --directory of the run.")
     console = Console()
-    start = copy.deepcopy(setup.model)
-    make_optimizer(setup.model, training)  # a mistake in it shows before the work
+    start = setup.twin() if compare_bp else None
     program = compile_program(
         setup.model,
         setup.example,
@@ -184,18 +185,18 @@ def train(
         memory=memory,
     )
     if not quiet:
-        _announce(console, model, common, setup, training)
+        _announce(console, common.seed, setup)
     trainer_options = {"directory": directory, "checkpoint_every": checkpoint_every, "tensorboard": tensorboard}
     outcome = run(program, setup.dataset, training, progress=not quiet, resume=resume, **trainer_options)
     reference: Outcome | None = None
-    if compare_bp and not outcome.history.interrupted:
+    if start is not None and not outcome.history.interrupted:
         backpropagation = Backpropagation(start, setup.dataset.loss, common.seed)
         reference = run(backpropagation, setup.dataset, training, progress=not quiet)
     interrupted = outcome.history.interrupted or (reference is not None and reference.history.interrupted)
     if json_file is not None:
-        result = _result(model, common, setup, training, outcome, reference)
+        result = _result(common, setup, outcome, reference)
         write_whole(json_file, to_json(jsonable(result)))
-    console.print(_table(outcome, reference))
+    console.print(_table(outcome, reference, setup.recipe))
     if interrupted:
         goes_on = directory is not None and outcome.history.interrupted
         hint = " Go on with the same command and --resume." if goes_on else ""
@@ -203,15 +204,14 @@ def train(
         raise typer.Exit(130)
 
 
-def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
-    """The optimizer over the trainable parameters, by name."""
-    if training.optimizer not in OPTIMIZERS:
-        raise unknown_name("optimizer", training.optimizer, OPTIMIZERS)
-    if not training.lr > 0:
-        raise OptionError(f"--lr {training.lr}: the learning rate must be positive.")
-    options: dict[str, Any] = {"momentum": 0.9} if training.optimizer == "sgd" else {}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return OPTIMIZERS[training.optimizer](parameters, lr=training.lr, **options)
+def _choose(model: str | None, recipe: str | None) -> Recipe:
+    """The recipe that ``--recipe`` or ``--model`` names."""
+    if recipe is None:
+        return recipe_for("resnet5" if model is None else model)
+    found = find_recipe(recipe)
+    if model not in (None, found.model):
+        raise OptionError(f"--recipe {recipe} trains {found.model!r}, not {model!r}: leave out --model or --recipe.")
+    return found
 
 
 def run(
@@ -224,8 +224,10 @@ def run(
     **options: Any,
 ) -> Outcome:
     """Train `program` and test it after each epoch."""
-    trainer = Trainer(program, make_optimizer(program.model, training), progress=progress, **options)
-    train_batches, test_batches = loaders(dataset, training.batch_size, program.seed)
+    train_batches, test_batches = loaders(dataset, training.batch_size, program.seed, training.augment)
+    optimizer = make_optimizer(program.model, training)
+    scheduler = make_scheduler(optimizer, training, len(train_batches))
+    trainer = Trainer(program, optimizer, scheduler=scheduler, scheduler_step="batch", progress=progress, **options)
     history = trainer.fit(train_batches, training.epochs, validation=test_batches, resume=resume)
     tested = trainer.evaluate(test_batches)
     forwards = program.forwards + program.clean_forwards
@@ -239,29 +241,28 @@ def run(
     )
 
 
-def _announce(console: Console, model: str, common: Common, setup: Setup, training: Training) -> None:
+def _announce(console: Console, seed: int, setup: Setup) -> None:
     count = sum(parameter.numel() for parameter in setup.model.parameters() if parameter.requires_grad)
-    samples = len(setup.dataset.train)
-    console.print(f"[bold]{model}[/bold] on [bold]{common.data}[/bold]: {count:,} parameters, {samples:,} samples")
-    console.print(describe_estimator(settings_of(setup.estimator).to_json()), highlight=False)
+    recipe, samples = setup.recipe, len(setup.dataset.train)
+    named = "" if recipe.name == recipe.model else f"{recipe.name}: "
     console.print(
-        f"{training.optimizer}, learning rate {training.lr:g}, batches of {training.batch_size}, "
-        f"{training.epochs} epochs, seed {common.seed}",
-        highlight=False,
+        f"{named}[bold]{recipe.model}[/bold] on [bold]{recipe.data}[/bold]: {count:,} parameters, {samples:,} samples"
     )
+    console.print(describe_estimator(settings_of(setup.estimator).to_json()), highlight=False)
+    console.print(f"{recipe.training}, seed {seed}", highlight=False)
 
 
-def _result(
-    model: str, common: Common, setup: Setup, training: Training, outcome: Outcome, reference: Outcome | None
-) -> dict[str, Any]:
+def _result(common: Common, setup: Setup, outcome: Outcome, reference: Outcome | None) -> dict[str, Any]:
+    recipe = setup.recipe
     result = {
-        "model": model,
-        "data": common.data,
+        "recipe": recipe.name,
+        "model": recipe.model,
+        "data": recipe.data,
         "seed": common.seed,
         **outcome.to_json(),
         "settings": {
-            **asdict(training),
-            "model_options": common.model_option or [],
+            **asdict(recipe.training),
+            "model_options": recipe.model_options,
             "freeze": common.freeze or [],
             "estimator": settings_of(setup.estimator).to_json(),
             "device": common.device,
@@ -272,7 +273,7 @@ def _result(
     return result if reference is None else result | {"bp": reference.to_json()}
 
 
-def _table(outcome: Outcome, reference: Outcome | None) -> Table:
+def _table(outcome: Outcome, reference: Outcome | None, recipe: Recipe) -> Table:
     table = Table()
     table.add_column("method")
     for heading in ("test accuracy", "test loss", "seconds", "forwards", "a sample and step"):
@@ -280,6 +281,9 @@ def _table(outcome: Outcome, reference: Outcome | None) -> Table:
     rows = [("forward-only", outcome, f"{outcome.forwards_per_sample_and_step:.1f}")]
     if reference is not None:
         rows.append(("backpropagation", reference, "1.0 + a backward"))
+        if recipe.model in TWINS:
+            options = ", ".join(f"{name}={value}" for name, value in TWINS[recipe.model].items())
+            table.caption = f"backpropagation trains the model with {options}"
     for name, one, each in rows:
         table.add_row(
             name, f"{one.test_accuracy:.4f}", f"{one.test_loss:.4f}", f"{one.seconds:.1f}", quantity(one.forwards), each
