@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,19 @@ def test_a_task_is_learned_without_backpropagation(name: str, benchmark: Any) ->
 
 def test_every_task_is_tested(benchmark: Any) -> None:
     assert {*BARS, "cross-entropy"} == benchmark.TASKS.keys()  # that one is trained all over these tests
+
+
+def test_the_benchmark_prints_and_writes(benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "runs.json"
+    benchmark.main(
+        ["--tasks", "focal", "0-1", "--rows", "bp", "--seeds", "0", "1", "--epochs", "1", "--json", str(file)]
+    )
+    shown = capsys.readouterr().out
+    assert "bp of cross-entropy" in shown
+    assert "2 seeds" in shown
+    runs = json.loads(file.read_text())["runs"]
+    assert [(run["task"], run["seed"]) for run in runs] == [("focal", 0), ("focal", 1), ("0-1", 0), ("0-1", 1)]
+    assert all(run["after"] > run["before"] + 0.2 for run in runs)
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
