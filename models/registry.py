@@ -161,7 +161,7 @@ def build_for(name: str, dataset: DatasetInfo, **options: object) -> nn.Module:
 
 
 def twin_of(name: str, dataset: DatasetInfo, model: nn.Module, **options: object) -> nn.Module:
-    """What backpropagation trains in place of `model`, with weights of its own that are equal to the model's.
+    """What backpropagation trains in place of `model`, with weights of its own: equal to the model's, frozen like them.
 
     The twin of `TWINS` where the model has one, else a copy. It is where `model` is, and draws no random numbers of the
     global generator.
@@ -177,5 +177,7 @@ def twin_of(name: str, dataset: DatasetInfo, model: nn.Module, **options: object
     with torch.random.fork_rng(devices=()):
         twin = build_for(name, dataset, **{**options, **TWINS[name]})
     twin.load_state_dict(model.state_dict())
+    for name, parameter in model.named_parameters():
+        twin.get_parameter(name).requires_grad_(parameter.requires_grad)
     parameter = next(model.parameters())
     return twin.to(parameter.device)

@@ -2,9 +2,10 @@
 
 from importlib.metadata import version
 
-from . import models
+from . import losses, models
 from .api import compile
 from .compiler.estimator import LikelihoodRatio
+from .freezing import freeze
 from .passes import errors
 from .runtime.calibration.record import Calibration
 from .runtime.program import Program
@@ -22,5 +23,7 @@ __all__ = [
     "Trainer",
     "compile",
     "errors",
+    "freeze",
+    "losses",
     "models",
 ]

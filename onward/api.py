@@ -10,7 +10,7 @@ from .compiler.driver import compile_model
 from .compiler.estimator import LikelihoodRatio
 from .passes.errors import OptionError, unknown_name
 from .runtime.calibration.record import Calibration
-from .runtime.loss import Loss
+from .runtime.loss import Loss, check_loss
 from .runtime.memory.budget import parse_memory, within
 from .runtime.program import Program
 
@@ -56,8 +56,7 @@ def compile(
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"model is {type(model).__name__}; it has to be a torch.nn.Module.")
-    if not callable(loss):
-        raise OptionError(f"loss is {type(loss).__name__}; it has to be callable as loss(output, target).")
+    check_loss(loss)
     if isinstance(estimator, str):
         if estimator != "auto":
             raise unknown_name("estimator", estimator, ("auto",))

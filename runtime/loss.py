@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes.errors import LossShapeError
+from ..passes.errors import LossShapeError, OptionError
 
 Loss = Callable[[Any, Any], Any]
 
@@ -36,8 +36,7 @@ class SampleLoss:
         if losses.shape != (samples,):
             raise LossShapeError(
                 f"the loss {self.name} returned shape {tuple(losses.shape)} for {samples} samples; it has to return "
-                f"one number a sample, shape ({samples},). Do not reduce over the batch, or, if the loss couples the "
-                'samples, use LikelihoodRatio(credit="batch").'
+                f"one number a sample, shape ({samples},). {_advice(losses, samples)}"
             )
         return losses
 
@@ -65,6 +64,37 @@ class BatchLoss:
                 "number for the batch."
             )
         return value.reshape(())
+
+
+def _advice(losses: Tensor, samples: int) -> str:
+    """What to do about losses of another shape."""
+    if losses.dim() > 1 and losses.shape[0] == samples:
+        return "Average or sum what each has at its positions: losses.flatten(1).mean(1)."
+    if losses.numel() > samples and losses.numel() % samples == 0:
+        return (
+            f"It looks like {losses.numel() // samples} numbers a sample; if the samples come first, average them: "
+            f"losses.reshape({samples}, -1).mean(1), with len(output) in place of {samples}."
+        )
+    return 'Do not reduce over the batch, or, if the loss couples the samples, use LikelihoodRatio(credit="batch").'
+
+
+def check_loss(loss: Any) -> None:
+    """Raises OptionError unless `loss` can be called as ``loss(output, target)``."""
+    if not callable(loss):
+        raise OptionError(f"loss is {type(loss).__name__}; it has to be callable as loss(output, target).")
+    try:
+        signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    except (TypeError, ValueError):  # none to be had
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        name = getattr(loss, "__name__", type(loss).__name__)
+        raise OptionError(
+            f"the loss {name} takes ({', '.join(signature.parameters)}) and cannot be called as loss(output, target): "
+            f"{error}. Wrap it in a function that takes these two and returns one loss a sample, for example lambda "
+            'output, target: F.triplet_margin_loss(*output, reduction="none"); CTC is onward.losses.ctc.'
+        ) from error
 
 
 def as_real(value: Any, name: str) -> Tensor:

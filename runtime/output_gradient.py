@@ -43,11 +43,12 @@ class OutputGradient:
     depends on it, as by ``len(output)``), so that no autograd graph is built while training, and its own code is not
     called again. Now and then it is, to compare (`CHECK_EVERY`), unless it draws random numbers or writes into tensors
     of its own: a loss that has come to give other numbers, because something that it reads has changed, is traced anew,
-    and one that does so again is a black box from then on; both with a warning.
+    and one that does so again is not traced any more; both with a warning.
 
-    A black box (a loss that cannot be traced, or has no derivative, or whose target holds anything but tensors) is
-    differentiated by likelihood ratio at the output, which is one more site: perturbed outputs, `BLACK_BOX_DRAWS` pairs
-    of them, but no perturbed model.
+    A loss that cannot be traced (its code depends on values, as that of ``F.ctc_loss`` does, or its target holds
+    anything but tensors) is differentiated by autograd at the output in every step. A black box, without a derivative,
+    is differentiated by likelihood ratio at the output, which is one more site: perturbed outputs, `BLACK_BOX_DRAWS`
+    pairs of them, but no perturbed model.
     """
 
     def __init__(self, loss: SampleLoss, at: Sequence[int] | None = None) -> None:
@@ -82,16 +83,16 @@ class OutputGradient:
     def _first(
         self, leaves: list[Any], spec: Any, target: Any, key: Tensor, shapes: Any, described: Any
     ) -> tuple[Tensor, list[Tensor]]:
-        """The losses and gradients of a batch unlike those before, or of a black box."""
+        """The losses and gradients of a batch unlike those before, or of a loss that is not traced."""
         given = self._given(leaves, spec, target)
         samples = given.samples
         traced = self._traced(given)
-        if traced is not None:
-            losses, *found = traced(given.tensors)
-            if losses.shape == (samples,) and not losses.is_complex():
+        values = traced(given.tensors) if traced is not None else self._differentiated(given)
+        if values and values[0].shape == (samples,) and not values[0].is_complex():
+            if traced is not None:
                 self._known = self._known if len(self._known) < _MOST_KNOWN else {}
                 self._known.setdefault(shapes, []).append((described, traced))
-                return losses, found
+            return values[0], values[1:]
         losses = self.loss(pytree.tree_unflatten(leaves, spec), target, samples)  # or the reason why it is none
         return losses, self._estimate(given, key)
 
@@ -99,16 +100,19 @@ class OutputGradient:
         at = [index for index, leaf in enumerate(leaves) if _is_floating(leaf)] if self.at is None else list(self.at)
         return LossInputs(leaves, spec, target, int(leaves[at[0]].shape[0]), at)
 
+    def _differentiated(self, given: LossInputs) -> list[Tensor]:
+        """Losses and gradients by autograd through the loss's own code; nothing of a black box."""
+        try:
+            return differentiate(self.loss, given, [tensor.clone() for tensor in given.tensors])  # it may write there
+        except NoDerivativeError:
+            return []
+
     def _has_changed(self, traced: TracedLoss, output: Any, target: Any, found: list[Tensor]) -> bool:
         """Whether the loss's code now gives other numbers, or other gradients, than its graph."""
         if traced.draws or traced.remembers:
             return False
-        leaves, spec = pytree.tree_flatten(pytree.tree_map(_copied, output))
-        given = self._given(leaves, spec, pytree.tree_map(_copied, target))
-        try:
-            now = differentiate(self.loss, given, given.tensors)
-        except NoDerivativeError:  # any more
-            now = []
+        leaves, spec = pytree.tree_flatten(output)
+        now = self._differentiated(self._given(leaves, spec, target))
         if len(now) == len(found) and all(map(_alike, now, found)):
             return False
         self._changes += 1
@@ -117,14 +121,14 @@ class OutputGradient:
         warnings.warn(
             f"the loss {self.loss.name} gives other numbers than when it was traced: it reads something that has "
             f"changed, which is noticed every {CHECK_EVERY} steps only. "
-            + ("From now on its gradient is estimated from evaluations. " if again else "It is traced anew. ")
+            + ("From now on it is called in every step. " if again else "It is traced anew. ")
             + "Give it what changes as a tensor in the target, or as one that you write into.",
             stacklevel=2,
         )
         return True
 
     def _traced(self, given: LossInputs) -> TracedLoss | None:
-        """The loss as a graph; None for a black box."""
+        """The loss as a graph; None for one that cannot be traced, and for a black box."""
         if not given.traceable or self._changes > 1:
             return None
         described = (*given.described(), _autocast())
@@ -165,11 +169,6 @@ class OutputGradient:
 
 def _is_floating(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
-
-
-def _copied(leaf: Any) -> Any:
-    """A tensor of its own: a loss may write into what it is given."""
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _alike(now: Tensor, then: Tensor) -> bool:

@@ -191,7 +191,7 @@ def trace_loss(loss: SampleLoss, given: LossInputs, *, free: bool) -> TracedLoss
     try:
         with mode, torch.no_grad():
             graph = make_fx(lambda *tensors: differentiate(loss, given, tensors), _allow_non_fake_inputs=True)(*fakes)
-    except NoDerivativeError:
+    except (NoDerivativeError, AssertionError):  # torch's own, of shapes that it checks in the derivative only
         return None
     finally:
         left = _put_back(before)

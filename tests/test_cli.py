@@ -31,6 +31,7 @@ COMMON = {
     "--antithetic", "--no-antithetic", "--chunk", "--credit", "--sampling", "--placement", "--noise-on", "--feedback",
     "--correction", "--reach", "--segments", "--probe", "--probe-every", "--blocks", "--rank", "--feedback-memory",
     "--calibration", "--recompute", "--warmup", "--trust", "--no-trust", "--seed", "--device", "--threads", "--debug",
+    "--freeze",
 }  # fmt: skip
 TRAIN = {
     "--model", "--recipe", "--epochs", "--batch-size", "--lr", "--optimizer", "--compare-bp", "--directory", "--resume",
@@ -305,7 +306,7 @@ def test_compile_writes_a_program(tmp_path):
     assert "4 gradients" in output
     manifest = read_manifest(folder)
     assert manifest["model"] == "resnet5"
-    assert manifest["settings"] == {"data": "digits", "model_options": ["width=4"], "seed": 0}
+    assert manifest["settings"] == {"data": "digits", "model_options": ["width=4"], "freeze": [], "seed": 0}
     assert {"python", "torch", "onward"} <= manifest["versions"].keys()
     for part in ("passes", "stages", "runs", "gradients"):
         for entry in manifest[part]:
@@ -428,6 +429,8 @@ def test_inspect_says_why_a_model_does_not_compile(factories, factory, word):
         (("train", "--resume"), "--directory"),
         (("train", "--model", "mlp", "--checkpoint-every", "5"), "directory"),
         (("train", "--model-option", "depth=3"), "depth"),
+        (("train", "--freeze", "stm"), "Did you mean 'stem'?"),
+        (("inspect", "mlp", "--freeze", "*"), "nothing to train"),
         (("train", "--model", "mlp", "--json", "/dev/null/result.json"), "cannot write /dev/null/result.json"),
         (("train", "--directory", "/dev/null/run", "--model", "mlp"), "/dev/null/run"),
         (("compile", "mlp", "-o", "/dev/null/program"), "/dev/null/program"),

@@ -13,6 +13,7 @@ from feedback_cases import BOUND, assert_unbiased, exact, gradients, normal, pro
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import onward.losses
 from onward.passes.errors import UnsupportedModelError
 from onward.passes.separate_outputs import returned
 from onward.runtime.loss import SampleLoss
@@ -239,13 +240,44 @@ def test_the_error_is_the_losss_gradient_at_every_leaf(kind: str) -> None:
         assert function._graphs == {None: kept}, "traced again"
 
 
-@pytest.mark.parametrize("target", [{"a": torch.zeros(2), "name": "x"}, [1, 2], [torch.zeros(3), torch.zeros(4)]])
+def cubes(output: Any, target: Any, opaque: bool = True) -> Tensor:
+    first, second = (leaf.detach() if opaque else leaf for leaf in (output[0], output[2]))
+    return (first**3).sum(1) + (second**3).sum((1, 2)) + 0 * output[1]
+
+
+OTHER_TARGETS = [{"a": torch.zeros(2), "name": "x"}, [1, 2], [torch.zeros(3), torch.zeros(4)]]
+
+
+@pytest.mark.parametrize("target", OTHER_TARGETS)
+def test_a_loss_with_other_targets_is_differentiated_in_every_step(target: Any) -> None:
+    """It cannot be traced, but autograd goes through its code; nor can one that reads the values (`ctc`, below)."""
+    function = OutputGradient(SampleLoss(lambda o, t: cubes(o, t, opaque=False)), [0, 2])
+    output = (normal(2, 3), torch.ones(2), 0.1 * normal(2, 1, 2, seed=1))
+    for _ in range(2):
+        losses, error = function(output, target, torch.tensor([3, 0]))
+        torch.testing.assert_close(losses, cubes(output, target))
+        torch.testing.assert_close(error, torch.cat([3 * each.flatten(1) ** 2 / 2 for each in output[::2]], 1))
+    assert function._graphs == {}
+
+
+@pytest.mark.parametrize("form", ["padded", "lists"])
+def test_a_loss_that_reads_values_has_its_exact_error(form: str) -> None:
+    scores, labels = normal(3, 5, 4), torch.tensor([[1, 2, 2], [3, -1, -1], [1, 3, -1]])
+    target = labels if form == "padded" else [[1, 2, 2], [3], [1, 3]]
+    leaf = scores.clone().requires_grad_()
+    log, lengths = leaf.log_softmax(2).transpose(0, 1), torch.tensor([3, 1, 2])
+    F.ctc_loss(log, labels.clamp(min=0), torch.full((3,), 5), lengths).backward()
+    losses, error = OutputGradient(SampleLoss(onward.losses.ctc))(scores, target, torch.tensor([0, 0]))
+    torch.testing.assert_close(error, leaf.grad.flatten(1))
+    assert losses.shape == (3,)
+
+
+@pytest.mark.parametrize("target", OTHER_TARGETS)
 def test_other_targets_are_a_black_box_with_several_outputs(target: Any) -> None:
     """The gradient of ``E Σ (o + σ ε)³`` for Gaussian noise is ``3 o² + 3 σ²``, each leaf's in its own units."""
-    function = OutputGradient(SampleLoss(lambda o, t: (o[0] ** 3).sum(1) + (o[2] ** 3).sum((1, 2)) + 0 * o[1]), [0, 2])
+    function = OutputGradient(SampleLoss(cubes), [0, 2])
     output = (normal(2, 3), torch.ones(2), 0.1 * normal(2, 1, 2, seed=1))
     rows = torch.stack([function(output, target, torch.tensor([3, step]))[1] for step in range(300)])
-    assert function._graphs == {}
     sigmas = [BLACK_BOX_SIGMA * float(leaf.std(correction=0)) for leaf in (output[0], output[2])]
     wanted = [3 * (leaf**2 + s**2).flatten(1) / 2 for leaf, s in zip((output[0], output[2]), sigmas, strict=True)]
     error = rows.std(0) / 300**0.5

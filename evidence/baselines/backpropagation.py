@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...compiler.capture import as_call
+from ...runtime.training.batches import batch_size
+
 
 class Backpropagation:
     """A program whose step is ``loss.backward()``: what `onward.Trainer` needs of one, and nothing else.
@@ -23,9 +26,10 @@ class Backpropagation:
 
     def step(self, inputs: Any, target: Any, /) -> Tensor:
         """Add the gradient of the mean loss to every ``.grad``."""
-        loss = self.loss(self.model(inputs), target)
+        args, kwargs = as_call(inputs)
+        loss = self.loss(self.model(*args, **kwargs), target)
         loss.backward()
-        self.clean_forwards += len(target)
+        self.clean_forwards += batch_size(inputs, target)
         return loss.detach()
 
     def per_sample_loss(self, output: Any, target: Any, /) -> Tensor:

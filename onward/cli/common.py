@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 from ..compiler.driver import compile_model
 from ..compiler.estimator import SEGMENTS, LikelihoodRatio
 from ..compiler.program import CompiledModel
+from ..freezing import freeze
 from ..models import Dataset, build_for, load, twin_of
 from ..passes.errors import DataError, OptionError
 from ..runtime.calibration.record import Calibration
@@ -60,16 +61,21 @@ def set_up(recipe: Recipe, common: Common, batch_size: int | None = None) -> Set
     options = {**recipe.model_options, **parse_options(common.model_option or [])}
     dataset = on_device(_load(recipe, common.data), device)
     recipe = replace(recipe, data=dataset.name, model_options=options)
-    built = build_model(recipe, dataset, common.seed).to(device)
+    built = build_model(recipe, dataset, common.seed, common.freeze).to(device)
     example = dataset.train.tensors[0][: batch_size or recipe.training.batch_size]
     twin = functools.partial(twin_of, recipe.model, dataset, built, **options)
     return Setup(dataset, built, example, estimator, recipe, twin)
 
 
-def build_model(recipe: Recipe, dataset: Dataset, seed: int, **options: object) -> nn.Module:
+def build_model(
+    recipe: Recipe, dataset: Dataset, seed: int, frozen: Sequence[str] | None = None, **options: object
+) -> nn.Module:
     """A recipe's model for a data set, its weights from the seed; `options` go before the recipe's."""
     torch.manual_seed(seed)
-    return build_for(recipe.model, dataset, **{**recipe.model_options, **options})
+    built = build_for(recipe.model, dataset, **{**recipe.model_options, **options})
+    if frozen:
+        freeze(built, *frozen)
+    return built
 
 
 def _load(recipe: Recipe, data: str | None) -> Dataset:

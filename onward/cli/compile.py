@@ -44,7 +44,12 @@ def compile_(
         name=model,
         plan=format_plan(make_plan(compiled)),
         versions=versions(),
-        settings={"data": setup.dataset.name, "model_options": common.model_option or [], "seed": common.seed},
+        settings={
+            "data": setup.dataset.name,
+            "model_options": common.model_option or [],
+            "freeze": common.freeze or [],
+            "seed": common.seed,
+        },
         replace=force,
     )
     counts = {part: len(manifest[part]) for part in ("passes", "stages", "runs", "gradients")}

@@ -231,7 +231,7 @@ def run(
 
 def _prepared(common: Common, setup: Setup, options: tuple[str, ...], measuring: Measuring) -> nn.Module:
     """The model with these options, from the seed, trained by backpropagation if that is asked for."""
-    built = build_model(setup.recipe, setup.dataset, common.seed, **parse_options(list(options)))
+    built = build_model(setup.recipe, setup.dataset, common.seed, common.freeze, **parse_options(list(options)))
     built = built.to(setup.example.device)
     check_classifies(built, setup.dataset)
     if measuring.after:
@@ -270,7 +270,13 @@ def _train(measured: Measured, case: Case, setup: Setup, measuring: Measuring, b
     accuracies, forwards = [], []
     try:
         for seed in range(case.common.seed, case.common.seed + measuring.runs):
-            built = build_model(setup.recipe, setup.dataset, seed, **parse_options(case.common.model_option or []))
+            built = build_model(
+                setup.recipe,
+                setup.dataset,
+                seed,
+                case.common.freeze,
+                **parse_options(case.common.model_option or []),
+            )
             program = compile_program(
                 built.to(setup.example.device),
                 setup.dataset.train.tensors[0][: training.batch_size],
@@ -317,6 +323,7 @@ def _result(
         "settings": {
             **dataclasses.asdict(measuring),
             "model_options": common.model_option or [],
+            "freeze": common.freeze or [],
             "sweep": list(sweeps),
             "combinations": len(cases),
             "device": common.device,

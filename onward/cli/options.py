@@ -32,6 +32,15 @@ class Common:
         list[str] | None,
         Option(metavar="KEY=VALUE", help="Argument of the model's factory; may be repeated.", rich_help_panel=_MODEL),
     ] = None
+    freeze: Annotated[
+        list[str] | None,
+        Option(
+            metavar="PATTERN",
+            help="Parameters, or modules with all of theirs, that stay as they are: 'stem', 'blocks.[01]', '*.bias'; "
+            "may be repeated. What runs before the first that trains is run once for all copies.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
     data: Annotated[
         str | None,
         Option(

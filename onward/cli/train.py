@@ -263,6 +263,7 @@ def _result(common: Common, setup: Setup, outcome: Outcome, reference: Outcome |
         "settings": {
             **asdict(recipe.training),
             "model_options": recipe.model_options,
+            "freeze": common.freeze or [],
             "estimator": settings_of(setup.estimator).to_json(),
             "device": common.device,
             "threads": torch.get_num_threads(),

@@ -247,8 +247,8 @@ class Step:
         where = "" if self.clean.numel() == 1 else f" of sample {int((~torch.isfinite(self.clean)).nonzero()[0])}"
         raise NonFiniteLossError(
             f"the loss{where} is {float(self.clean[~torch.isfinite(self.clean)][0])} before any noise was added. "
-            "Gradients, buffers and weights are as before the step. Check the inputs and the weights (a lower "
-            "learning rate?)."
+            "Gradients, buffers and weights are as before the step. Check the inputs, the target (a mask that leaves a "
+            "sample nothing is a division by zero) and the weights (a lower learning rate?)."
         )
 
     def _fail(self, values: Tensor, action: Perturb, what: str) -> NoReturn:
