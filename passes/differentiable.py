@@ -1,7 +1,7 @@
 """Operations written out, where autograd knows no derivative or torch's own formula would fix the batch size.
 
-Torch traces padding, and what it makes of padding (im2col), by reading sizes as integers: a derivative traced so would
-hold for one batch size only.
+Torch traces padding, what it makes of padding (im2col), and the derivatives of resizing by reading sizes as integers: a
+derivative traced so would hold for one batch size only.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 
 _aten = torch.ops.aten
 
@@ -72,10 +73,19 @@ def _col2im(
 DECOMPOSED: dict[Any, Any] = {_aten.constant_pad_nd.default: _pad}
 """What a trace writes out, also where a derivative has it."""
 
+RESIZING = {
+    operation: formula
+    for operation, formula in decomposition_table.items()
+    if operation.name().startswith(("aten::upsample_", "aten::_upsample_nearest"))
+    and "backward" not in operation.name()
+}
+"""Torch's own formulas of them are lookups and sums, whose derivatives leave the batch free."""
+
 DIFFERENTIABLE: dict[Any, Any] = {
     _aten.copy.default: _copy,
     _aten.im2col.default: _im2col,
     _aten.col2im.default: _col2im,
+    **RESIZING,
 }
 """What takes the place of operations in a region before it is differentiated."""
 

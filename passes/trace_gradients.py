@@ -123,6 +123,9 @@ def _vjp(
     with mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention counts as random, and is not core ATen
         cotangents = [torch.empty_like(end, memory_format=torch.contiguous_format) for end in ends]
         traced = make_fx(gradient, DECOMPOSED, _allow_non_fake_inputs=True)(cotangents, values, weights)
+        if _writes_through_views(traced):
+            functional = torch.func.functionalize(traced, remove="mutations")
+            traced = make_fx(functional, DECOMPOSED, _allow_non_fake_inputs=True)(cotangents, values, weights)
     _check_symbolic(batch, core)  # `batch` was read before the trace: a symbol that it fixed is none any more
     drop_detaches(traced)
     _functionalize(traced)
@@ -139,6 +142,24 @@ def _check_symbolic(batch: Any, core: fx.Node) -> None:
                 if batch is not None and batch in extent.node.shape_env.replacements:
                     raise UnsupportedModelError(f"the derivative of {describe(core)} does not allow a free batch size.")
                 return
+
+
+def _writes_through_views(module: fx.GraphModule) -> bool:
+    """Whether an operation writes into a view, or into what views were taken of (the derivative of ``as_strided``):
+    what it writes is then read under another name."""
+
+    def is_view(node: fx.Node) -> bool:
+        schema = getattr(node.target, "_schema", None)
+        return schema is not None and not schema.is_mutable and any(result.alias_info for result in schema.returns)
+
+    written = [
+        node.args[0]
+        for node in module.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.is_mutable
+        and torch.Tag.inplace_view not in node.target.tags
+    ]
+    return any(is_view(node) or any(map(is_view, node.users)) for node in written if isinstance(node, fx.Node))
 
 
 def _functionalize(module: fx.GraphModule) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,15 +48,61 @@ class Overlapping(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("samples", [2, 5])
-def test_one_segment_around_them_is_backpropagation_for_any_batch_size(samples: int) -> None:
-    model, generator = Overlapping().double(), torch.Generator().manual_seed(1)
-    example = torch.randn(3, 1, 5, 5, dtype=torch.float64, generator=generator)
+class Pooled(nn.Module):
+    """Adaptive pooling: its derivative writes into a view (``as_strided``) of fresh memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.head = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+        self.pool = nn.AdaptiveAvgPool1d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(self.first(x).relu())
+        logits: Tensor = self.head(self.pool(hidden.transpose(1, 2)).flatten(1))
+        return logits
+
+
+class Resized(nn.Module):
+    """Images made larger and smaller between layers."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mode = mode
+        self.first, self.second, self.head = nn.Conv2d(1, 3, 3), nn.Conv2d(3, 3, 3), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        align = None if self.mode == "nearest" else False
+        hidden = F.interpolate(self.first(x).relu(), scale_factor=2, mode=self.mode, align_corners=align)
+        hidden = F.interpolate(self.second(hidden).relu(), (2, 2), mode=self.mode, align_corners=align)
+        logits: Tensor = self.head(hidden.flatten(1))
+        return logits
+
+
+def image(generator: torch.Generator, samples: int) -> Tensor:
+    return torch.randn(samples, 1, 5, 5, dtype=torch.float64, generator=generator)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator, int], Tensor]]] = {
+    "patches": (Overlapping, image),
+    "pool": (Pooled, lambda g, samples: torch.randn(samples, 5, 4, dtype=torch.float64, generator=g)),
+    "bilinear": (lambda: Resized("bilinear"), image),
+    "bicubic": (lambda: Resized("bicubic"), image),
+    "nearest": (lambda: Resized("nearest"), image),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_segment_around_them_is_backpropagation_for_any_batch_size(case: str) -> None:
+    build, inputs = CASES[case]
+    model, generator = build().double(), torch.Generator().manual_seed(1)
     estimator = onward.LikelihoodRatio.feedback_learned(warmup=0, segments=1)
-    program = onward.compile(model, example, loss=F.cross_entropy, estimator=estimator)
-    x = torch.randn(samples, 1, 5, 5, dtype=torch.float64, generator=generator)
-    target = torch.arange(samples) % 3
-    program.step(x, target)
-    found = [parameter.grad.clone() for parameter in model.parameters()]
-    expected = torch.autograd.grad(F.cross_entropy(model(x), target), list(model.parameters()))
-    torch.testing.assert_close(found, list(expected))
+    program = onward.compile(model, inputs(generator, 3), loss=F.cross_entropy, estimator=estimator)
+    for samples in (2, 5):
+        x, target = inputs(generator, samples), torch.arange(samples) % 3
+        model.zero_grad()
+        program.step(x, target)
+        found = [parameter.grad for parameter in model.parameters()]
+        expected = torch.autograd.grad(F.cross_entropy(model(x), target), list(model.parameters()))
+        torch.testing.assert_close(found, list(expected))
