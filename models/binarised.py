@@ -22,11 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import ACTIVATIONS, Sign, pass_through
+from .layers import Sign, normalisation, pass_through
 
 MEAN_GAIN = math.sqrt(math.pi / 2)
 """How much smaller the mean of ``|W|`` is than the standard deviation of normal W."""
-
 
 def binarise(weight: Tensor) -> Tensor:
     """``α sign(W)`` with α the mean of ``|W|`` over all dimensions but the first, and α times the derivative of a clamp
@@ -57,8 +56,8 @@ def initialise(layer: nn.Linear | nn.Conv2d, *, gain: float) -> nn.Module:
     """`layer` with biases of zero and normal latent weights; those that it multiplies with have the size ``gain /
     sqrt(fan_in)``."""
     nn.init.normal_(layer.weight, std=gain * MEAN_GAIN / math.sqrt(layer.weight[0].numel()))
-    assert layer.bias is not None
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -91,30 +90,41 @@ def binarised_mlp(
 
 
 def binarised_cnn(
-    num_classes: int = 10, in_channels: int = 1, width: int = 16, straight_through: bool = False
+    num_classes: int = 10,
+    in_channels: int = 1,
+    image_size: int = 8,
+    width: int = 16,
+    norm: str = "batch",
+    straight_through: bool = False,
 ) -> nn.Sequential:
-    """Three convolutions and a linear layer, `quantised_cnn` with binary weights everywhere and signs for activations.
+    """Two convolutions and a linear layer, with binary weights everywhere and signs for activations.
 
-    The convolutions have `width`, 2 and 2 times `width` channels, the second a stride of 2. Any image size will do.
+    The convolutions have `width` and 2 times `width` channels, the second a stride of 2. The linear layer reads every
+    position: a mean over positions, as in `quantised_cnn`, leaves of signs too little.
 
     Args:
         num_classes: Outputs.
         in_channels: Channels of the images.
+        image_size: Height and width of the images.
         width: Channels of the first convolution.
+        norm: "none", "batch" or "group": what follows each convolution.
         straight_through: Build the twin that backpropagation can train, as for `binarised_mlp`.
 
     Returns:
-        A module from float ``(batch, in_channels, height, width)`` to logits ``(batch, num_classes)``.
+        A module from float ``(batch, in_channels, image_size, image_size)`` to logits ``(batch, num_classes)``.
+
+    Raises:
+        UnknownNameError: `norm` is none of these.
     """
-    modules: dict[str, nn.Module] = {
-        "conv1": initialise(BinaryConv2d(in_channels, width, 3, padding=1), gain=1.0),
-        "act1": Sign(straight_through),
-        "conv2": initialise(BinaryConv2d(width, 2 * width, 3, 2, padding=1), gain=1.0),
-        "act2": Sign(straight_through),
-        "conv3": initialise(BinaryConv2d(2 * width, 2 * width, 3, padding=1), gain=1.0),
-        "act3": Sign(straight_through),
-        "pool": nn.AdaptiveAvgPool2d(1),
-        "flatten": nn.Flatten(),
-        "head": initialise(BinaryLinear(2 * width, num_classes), gain=2.0),
-    }
+    modules: dict[str, nn.Module] = {}
+    channels = in_channels
+    for number, (out_channels, stride) in enumerate(((width, 1), (2 * width, 2)), start=1):
+        layer = BinaryConv2d(channels, out_channels, 3, stride, padding=1, bias=norm == "none")
+        modules[f"conv{number}"] = initialise(layer, gain=1.0)
+        if norm != "none":
+            modules[f"norm{number}"] = normalisation(norm, out_channels)
+        modules[f"act{number}"] = Sign(straight_through)
+        channels = out_channels
+    modules["flatten"] = nn.Flatten()
+    modules["head"] = initialise(BinaryLinear(channels * ((image_size + 1) // 2) ** 2, num_classes), gain=1.0)
     return nn.Sequential(OrderedDict(modules))

@@ -27,10 +27,6 @@ from .layers import convolution, linear, pass_through
 
 SPIKE_GAIN = 2.5
 """The gain behind `Spiking` neurons: layers of decay 0.5 and 4 steps then go on spiking, in a step out of five."""
-
-POOLED_GAIN = 4.0
-"""The gain behind the mean of such spikes over many positions, which is about their rate."""
-
 RATE_GAIN = math.sqrt(2.0)
 """The gain behind random spikes with probability a half."""
 
@@ -177,22 +173,26 @@ def spiking_mlp(
 def spiking_cnn(
     num_classes: int = 10,
     in_channels: int = 1,
+    image_size: int = 8,
     width: int = 16,
+    norm: str = "batch",
     steps: int = 4,
     decay: float = 0.5,
     encoding: str = "direct",
     readout: str = "membrane",
     surrogate: bool = False,
 ) -> nn.Sequential:
-    """Three convolutions and a linear layer, `quantised_cnn` with leaky integrate-and-fire neurons for activations.
+    """Two convolutions and a linear layer, with leaky integrate-and-fire neurons for activations.
 
-    The convolutions have `width`, 2 and 2 times `width` channels, the second a stride of 2; the mean over the positions
-    of the last neurons' spikes goes to the readout. Any image size will do.
+    The convolutions have `width` and 2 times `width` channels, the second a stride of 2. The linear layer reads the
+    neurons of every position.
 
     Args:
         num_classes: Outputs.
         in_channels: Channels of the images.
+        image_size: Height and width of the images.
         width: Channels of the first convolution.
+        norm: "none", "batch" or "group": what follows each convolution.
         steps: Time steps.
         decay: As for `spiking_mlp`, and so are the others.
         encoding: "direct" or "rate".
@@ -200,20 +200,19 @@ def spiking_cnn(
         surrogate: Build the twin that backpropagation can train.
 
     Returns:
-        A module from float ``(batch, in_channels, height, width)`` to logits ``(batch, num_classes)``.
+        A module from float ``(batch, in_channels, image_size, image_size)`` to logits ``(batch, num_classes)``.
 
     Raises:
-        UnknownNameError: As `spiking_mlp`.
+        UnknownNameError: As `spiking_mlp`; or `norm` is none of these.
         OptionError: `steps` is below 1, or `decay` is outside [0, 1].
     """
     layers = [
-        ("conv1", functools.partial(convolution, in_channels, width)),
-        ("conv2", functools.partial(convolution, width, 2 * width, stride=2)),
-        ("conv3", functools.partial(convolution, 2 * width, 2 * width)),
+        ("conv1", functools.partial(convolution, in_channels, width, norm=norm)),
+        ("conv2", functools.partial(convolution, width, 2 * width, stride=2, norm=norm)),
     ]
-    pool = EachStep(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    head = linear(2 * width * ((image_size + 1) // 2) ** 2, num_classes, gain=SPIKE_GAIN)
     network = _Time(steps, decay, encoding, readout, surrogate)
-    return network.build([], layers, [("pool", pool)], linear(2 * width, num_classes, gain=POOLED_GAIN))
+    return network.build([], layers, [("flatten", nn.Flatten(2))], head)
 
 
 @dataclass(frozen=True)
