@@ -162,21 +162,30 @@ def quantise(weight: Tensor, bias: Tensor, step: float) -> tuple[Tensor, Tensor,
 
 
 class IntegerLinear(nn.Linear):
-    """A linear layer in integers, between activations of `Whole` and floats. `step` is that of the activations."""
+    """A linear layer in integers, between activations of `Whole` and floats.
 
-    def __init__(self, in_features: int, out_features: int, *, step: float, gain: float) -> None:
+    Args:
+        in_features: Whole numbers in one sample.
+        out_features: Floats that come out.
+        step: The step of the activations.
+        gain: The weights are normal with standard deviation ``gain / sqrt(in_features)``; biases are zero.
+        relu: Whether a ReLU follows, on the integers.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, step: float, gain: float, relu: bool) -> None:
         super().__init__(in_features, out_features)
-        self.step = step
+        self.step, self.relu = step, relu
         nn.init.normal_(self.weight, std=gain / math.sqrt(in_features))
         nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias, step = quantise(self.weight, self.bias, self.step)
-        return integer_linear(input, weight, bias) * step
+        sums = integer_linear(input, weight, bias)
+        return (torch.relu(sums) if self.relu else sums) * step
 
 
 class IntegerConv2d(nn.Conv2d):
-    """A padded 3×3 convolution in integers, between activations of `Whole` and floats."""
+    """A padded 3×3 convolution in integers, and a ReLU, between activations of `Whole` and floats."""
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, step: float, gain: float) -> None:
         super().__init__(in_channels, out_channels, 3, stride, padding=1)
@@ -188,7 +197,7 @@ class IntegerConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         assert self.bias is not None
         weight, bias, step = quantise(self.weight, self.bias, self.step)
-        return integer_convolution(input, weight, bias, self.stride[0], 1) * step
+        return torch.relu(integer_convolution(input, weight, bias, self.stride[0], 1)) * step
 
 
 def integer_mlp(
@@ -219,47 +228,48 @@ def integer_mlp(
     width, gain = in_features, 1.0
     for number, out_features in enumerate(hidden, start=1):
         modules[f"whole{number}"] = whole = Whole(range, straight_through=straight_through)
-        modules[f"fc{number}"] = IntegerLinear(width, out_features, step=whole.step, gain=gain)
-        modules[f"relu{number}"] = nn.ReLU()
+        modules[f"fc{number}"] = IntegerLinear(width, out_features, step=whole.step, gain=gain, relu=True)
         width, gain = out_features, RELU_GAIN
     modules["whole"] = whole = Whole(range, straight_through=straight_through)
-    modules["head"] = IntegerLinear(width, num_classes, step=whole.step, gain=1.0)
+    modules["head"] = IntegerLinear(width, num_classes, step=whole.step, gain=1.0, relu=False)
     return nn.Sequential(OrderedDict(modules))
 
 
 def integer_cnn(
     num_classes: int = 10,
     in_channels: int = 1,
+    image_size: int = 8,
     width: int = 16,
     range: float = 4.0,
     straight_through: bool = False,
 ) -> nn.Sequential:
-    """Three convolutions and a linear layer in 8-bit integers, shaped like `quantised_cnn`.
+    """Two convolutions and a linear layer in 8-bit integers, and the ReLUs' results between them.
 
-    The convolutions have `width`, 2 and 2 times `width` channels, the second a stride of 2; the global average pool is
-    of floats. Any image size will do.
+    The convolutions have `width` and 2 times `width` channels, the second a stride of 2. The linear layer reads every
+    position.
 
     Args:
         num_classes: Outputs.
         in_channels: Channels of the images.
+        image_size: Height and width of the images.
         width: Channels of the first convolution.
         range: As for `integer_mlp`.
         straight_through: Build the twin that backpropagation can train, as for `integer_mlp`.
 
     Returns:
-        A module from float ``(batch, in_channels, height, width)`` to logits ``(batch, num_classes)``.
+        A module from float ``(batch, in_channels, image_size, image_size)`` to logits ``(batch, num_classes)``.
 
     Raises:
         OptionError: `range` is not positive.
     """
     modules: dict[str, nn.Module] = {}
     channels, gain = in_channels, 1.0
-    for number, (out_channels, stride) in enumerate(((width, 1), (2 * width, 2), (2 * width, 1)), start=1):
+    for number, (out_channels, stride) in enumerate(((width, 1), (2 * width, 2)), start=1):
         modules[f"whole{number}"] = whole = Whole(range, straight_through=straight_through)
         modules[f"conv{number}"] = IntegerConv2d(channels, out_channels, stride=stride, step=whole.step, gain=gain)
-        modules[f"relu{number}"] = nn.ReLU()
         channels, gain = out_channels, RELU_GAIN
-    modules["pool"], modules["flatten"] = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    modules["flatten"] = nn.Flatten()
     modules["whole"] = whole = Whole(range, straight_through=straight_through)
-    modules["head"] = IntegerLinear(channels, num_classes, step=whole.step, gain=RELU_GAIN)
+    features = channels * ((image_size + 1) // 2) ** 2
+    modules["head"] = IntegerLinear(features, num_classes, step=whole.step, gain=1.0, relu=False)
     return nn.Sequential(OrderedDict(modules))
