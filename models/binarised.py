@@ -27,6 +27,7 @@ from .layers import Sign, normalisation, pass_through
 MEAN_GAIN = math.sqrt(math.pi / 2)
 """How much smaller the mean of ``|W|`` is than the standard deviation of normal W."""
 
+
 def binarise(weight: Tensor) -> Tensor:
     """``α sign(W)`` with α the mean of ``|W|`` over all dimensions but the first, and α times the derivative of a clamp
     to [-1, 1] (Hubara's and Courbariaux's straight-through estimator) by W.

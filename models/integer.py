@@ -75,7 +75,7 @@ def integer_convolution(inputs: Tensor, weight: Tensor, bias: Tensor, stride: in
         padding: Zeros on every side.
 
     Returns:
-        ``(batch, out_channels, ...)``, of the inputs' dtype: float32 holds sums below 2²⁴ exactly and rounds larger ones.
+        ``(batch, out_channels, ...)``, of the inputs' dtype: float32 holds sums below 2²⁴ exactly, and rounds larger.
     """
     channels, _, side, _ = weight.shape
     padded = F.pad(inputs.to(torch.int8), [padding] * 4)

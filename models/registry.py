@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from ..passes.errors import OptionError, unknown_name
+from .binarised import binarised_cnn, binarised_mlp
+from .integer import integer_cnn, integer_mlp
 from .mlp import mlp, sign_mlp
 from .quantised import quantised_cnn
-from .resnet import resnet5, resnet9
+from .resnet import resnet5, resnet9, resnet18
+from .spiking import spiking_cnn, spiking_mlp
 from .vgg import vgg8
 from .vit import vit
 
@@ -22,10 +27,33 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "sign_mlp": sign_mlp,
     "resnet5": resnet5,
     "resnet9": resnet9,
+    "resnet18": resnet18,
     "vgg8": vgg8,
     "quantised_cnn": quantised_cnn,
     "vit": vit,
+    "spiking_mlp": spiking_mlp,
+    "spiking_cnn": spiking_cnn,
+    "binarised_mlp": binarised_mlp,
+    "binarised_cnn": binarised_cnn,
+    "integer_mlp": integer_mlp,
+    "integer_cnn": integer_cnn,
 }
+
+_STRAIGHT: Mapping[str, object] = {"straight_through": True}
+
+TWINS: dict[str, Mapping[str, object]] = {
+    "sign_mlp": _STRAIGHT,
+    "quantised_cnn": _STRAIGHT,
+    "spiking_mlp": {"surrogate": True},
+    "spiking_cnn": {"surrogate": True},
+    "binarised_mlp": _STRAIGHT,
+    "binarised_cnn": _STRAIGHT,
+    "integer_mlp": _STRAIGHT,
+    "integer_cnn": _STRAIGHT,
+}
+"""Of each model without derivative the options of its twin: same weights and forward, but backpropagation can train it.
+
+What backpropagation reaches in place of such a model is what its twin reaches."""
 
 
 class DatasetInfo(Protocol):
@@ -126,3 +154,24 @@ def build_for(name: str, dataset: DatasetInfo, **options: object) -> nn.Module:
     if "image_size" in parameters - set(options) and len(shape) == 3 and shape[1] != shape[2]:
         raise OptionError(f"model {name!r} needs square images; those of the data set are {shape[1]}×{shape[2]}.")
     return build(name, **{key: value for key, value in facts.items() if key in parameters} | options)
+
+
+def twin_of(name: str, dataset: DatasetInfo, model: nn.Module, **options: object) -> nn.Module:
+    """What backpropagation trains in place of `model`, with weights of its own that are equal to the model's.
+
+    The twin of `TWINS` where the model has one, else a copy. It is where `model` is, and draws no random numbers of the
+    global generator.
+
+    Args:
+        name: As for `build`.
+        dataset: What the model is for.
+        model: What `build_for` made of `name`, `dataset` and `options`.
+        **options: The model's arguments.
+    """
+    if name not in TWINS:
+        return copy.deepcopy(model)
+    with torch.random.fork_rng(devices=()):
+        twin = build_for(name, dataset, **{**options, **TWINS[name]})
+    twin.load_state_dict(model.state_dict())
+    parameter = next(model.parameters())
+    return twin.to(parameter.device)

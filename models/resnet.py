@@ -105,7 +105,7 @@ def resnet9(num_classes: int = 10, in_channels: int = 3, width: int = 32, norm: 
     return nn.Sequential(OrderedDict(modules))
 
 
-def resnet18(num_classes: int = 10, in_channels: int = 3, width: int = 64, norm: str = "batch") -> nn.Sequential:
+def resnet18(num_classes: int = 10, in_channels: int = 3, width: int = 64, norm: str = "none") -> nn.Sequential:
     """ResNet-18 (He et al. 2016, arXiv 1512.03385) as images of 32×32 have it: a 3×3 stem of stride 1 and no max-pool.
 
     Four stages of two residual blocks, with `width`, 2, 4 and 8 times `width` channels, the first block of every stage
@@ -131,9 +131,7 @@ def resnet18(num_classes: int = 10, in_channels: int = 3, width: int = 64, norm:
     for stage in range(4):
         for block in range(2):
             stride = 2 if stage and not block else 1
-            modules[f"stage{stage + 1}_{block + 1}"] = ResidualBlock(
-                channels, width << stage, stride=stride, norm=norm
-            )
+            modules[f"stage{stage + 1}_{block + 1}"] = ResidualBlock(channels, width << stage, stride=stride, norm=norm)
             channels = width << stage
     modules["pool"] = nn.AdaptiveAvgPool2d(1)
     modules["flatten"] = nn.Flatten()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import sys
@@ -17,11 +18,11 @@ from torch.utils.data import TensorDataset
 from ..compiler.driver import compile_model
 from ..compiler.estimator import SEGMENTS, LikelihoodRatio
 from ..compiler.program import CompiledModel
-from ..models import Dataset, build_for, load
+from ..models import Dataset, build_for, load, twin_of
 from ..passes.errors import OptionError
 from ..runtime.calibration.record import Calibration
 from .options import Common
-from .recipes import AUTO, PLAIN, Recipe, recipe_for
+from .recipes import AUTO, OWN_MODEL, PLAIN, Recipe, recipe_for
 
 DEVICES = ("cpu", "cuda")
 Value = TypeVar("Value", int, float, str)
@@ -36,12 +37,14 @@ class Setup:
     example: Tensor
     estimator: LikelihoodRatio | Calibration
     recipe: Recipe
+    twin: Callable[[], nn.Module]
+    """Makes what backpropagation trains in the model's place, from the weights that the model has then."""
 
 
 def set_up(model: str, common: Common, batch_size: int | None = None) -> Setup:
     """Data, model and estimator as the options say; `batch_size` is that of the example."""
     recipe = recipe_for(model)
-    estimator = make_estimator(common)  # first: it is quick, and most mistakes are there
+    estimator = make_estimator(common, recipe)  # first: it is quick, and most mistakes are there
     device = find_device(common.device)
     if common.threads is not None:
         if common.threads < 1:
@@ -53,13 +56,16 @@ def set_up(model: str, common: Common, batch_size: int | None = None) -> Setup:
         raise OptionError(f"--batch-size {batch_size}: a batch needs at least one sample.")
     dataset = on_device(load(common.data), device)
     torch.manual_seed(common.seed)
-    built = build_for(model, dataset, **parse_options(common.model_option or [])).to(device)
+    options = parse_options(common.model_option or [])
+    built = build_for(model, dataset, **options).to(device)
     example = dataset.train.tensors[0][: batch_size or recipe.batch_size]
-    return Setup(dataset, built, example, estimator, recipe)
+    twin = functools.partial(twin_of, model, dataset, built, **options)
+    return Setup(dataset, built, example, estimator, recipe, twin)
 
 
-def make_estimator(common: Common) -> LikelihoodRatio | Calibration:
-    """The estimator: a calibration (``--calibration``), or what is given, else ``--alr``, else ``auto``.
+def make_estimator(common: Common, recipe: Recipe = OWN_MODEL) -> LikelihoodRatio | Calibration:
+    """The estimator: a calibration (``--calibration``), or what is given, else ``--alr``, else ``auto`` as the model's
+    recipe has it.
 
     Options that learned feedback cannot have (``--groups layerwise``, ``--capture sign``, …) choose the plain
     estimator.
@@ -101,7 +107,7 @@ def make_estimator(common: Common) -> LikelihoodRatio | Calibration:
     if settings.get("correction", "none") != "none":
         settings.setdefault("probe_every", 1)  # it needs copies every step
         settings.setdefault("blocks", 1)  # and is unbiased for blocks' means only
-    return LikelihoodRatio(**{**(PLAIN if _without_feedback(settings) else AUTO), **settings})
+    return LikelihoodRatio(**{**(PLAIN if _without_feedback(settings) else {**AUTO, **recipe.estimator}), **settings})
 
 
 def settings_of(estimator: LikelihoodRatio | Calibration) -> LikelihoodRatio:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..compiler.estimator import LikelihoodRatio
@@ -23,7 +23,12 @@ class Recipe:
     batch_size: int
     lr: float
     optimizer: str
+    estimator: Mapping[str, Any] = field(default_factory=dict)
+    """What differs from `AUTO`. Not used where options ask for what learned feedback does not have."""
 
+
+HARD_MAPS: Mapping[str, Any] = {"blocks": 1}
+"""For maps behind hard thresholds: no alive mask tells a block's coordinates apart, and their mean is too little."""
 
 RECIPES: dict[str, Recipe] = {
     #                       epochs  batch  lr    optimizer
@@ -31,13 +36,25 @@ RECIPES: dict[str, Recipe] = {
     "sign_mlp": Recipe(20, 32, 3e-3, "adam"),
     "resnet5": Recipe(30, 32, 2e-3, "adam"),
     "resnet9": Recipe(15, 32, 1e-3, "adam"),
+    "resnet18": Recipe(20, 32, 1e-3, "adam"),
     "vgg8": Recipe(15, 32, 1e-3, "adam"),
     "quantised_cnn": Recipe(20, 32, 2e-3, "adam"),
     "vit": Recipe(20, 32, 1e-3, "adam"),
+    "spiking_mlp": Recipe(20, 32, 3e-3, "adam"),
+    "spiking_cnn": Recipe(20, 32, 3e-3, "adam", HARD_MAPS),
+    "binarised_mlp": Recipe(20, 32, 3e-3, "adam"),
+    "binarised_cnn": Recipe(20, 32, 3e-3, "adam", HARD_MAPS),
+    "integer_mlp": Recipe(20, 32, 2e-3, "adam"),
+    "integer_cnn": Recipe(20, 32, 2e-3, "adam"),
 }
 
 OWN_MODEL = Recipe(15, 32, 2e-3, "adam")
 """For ``package.module:factory``."""
+
+
+def estimator_for(recipe: Recipe) -> LikelihoodRatio:
+    """``"auto"`` as a recipe changes it."""
+    return LikelihoodRatio(**{**AUTO, **recipe.estimator})
 
 
 def recipe_for(model: str) -> Recipe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -89,7 +88,8 @@ def train(
         bool,
         Option(
             "--compare-bp",
-            help="Also train the same model by backpropagation: same first weights, batches, optimizer and epochs.",
+            help="Also train the same model by backpropagation: same first weights, batches, optimizer and epochs. A "
+            "model without derivative has a twin for that, with the same forward.",
             rich_help_panel=_TRAINING,
         ),
     ] = False,
@@ -171,7 +171,7 @@ def train(
     if resume and directory is None:
         raise OptionError("--resume needs the --directory of the run.")
     console = Console()
-    start = copy.deepcopy(setup.model)
+    start = setup.twin() if compare_bp else None
     make_optimizer(setup.model, training)  # a mistake in it shows before the work
     program = compile_program(
         setup.model,
@@ -188,7 +188,7 @@ def train(
     trainer_options = {"directory": directory, "checkpoint_every": checkpoint_every, "tensorboard": tensorboard}
     outcome = run(program, setup.dataset, training, progress=not quiet, resume=resume, **trainer_options)
     reference: Outcome | None = None
-    if compare_bp and not outcome.history.interrupted:
+    if start is not None and not outcome.history.interrupted:
         backpropagation = Backpropagation(start, setup.dataset.loss, common.seed)
         reference = run(backpropagation, setup.dataset, training, progress=not quiet)
     interrupted = outcome.history.interrupted or (reference is not None and reference.history.interrupted)
