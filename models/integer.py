@@ -43,34 +43,38 @@ def _product(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("onward_models::integer_linear", mutates_args=())
-def integer_linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``inputs @ weight.T + bias`` of whole numbers that floats hold, computed in int8 and int32.
+def integer_linear(inputs: Tensor, weight: Tensor, bias: Tensor, step: Tensor) -> Tensor:
+    """``(inputs @ weight.T + bias) * step`` of whole numbers that floats hold, computed in int8 and int32.
 
     Args:
         inputs: ``(batch, in_features)`` in [-127, 127].
         weight: ``(out_features, in_features)`` in [-127, 127].
         bias: ``(out_features,)`` in the range of int32.
+        step: ``()``, what a sum of 1 stands for. It has no gradient.
 
     Returns:
-        ``(batch, out_features)``, of the inputs' dtype: float32 holds sums below 2²⁴ exactly and rounds larger ones.
+        ``(batch, out_features)``, of the inputs' dtype: float32 holds sums below 2²⁴ exactly, and rounds larger.
     """
     sums = _product(inputs.to(torch.int8), weight.to(torch.int8))
-    return (sums + bias.to(torch.int32)).to(inputs.dtype)
+    return (sums + bias.to(torch.int32)).to(inputs.dtype) * step
 
 
 @integer_linear.register_fake
-def _(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _(inputs: Tensor, weight: Tensor, bias: Tensor, step: Tensor) -> Tensor:
     return inputs.new_empty(inputs.shape[0], weight.shape[0])
 
 
 @torch.library.custom_op("onward_models::integer_convolution", mutates_args=())
-def integer_convolution(inputs: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
-    """The convolution of whole numbers that floats hold, computed in int8 and int32.
+def integer_convolution(
+    inputs: Tensor, weight: Tensor, bias: Tensor, step: Tensor, stride: int, padding: int
+) -> Tensor:
+    """The convolution of whole numbers that floats hold, computed in int8 and int32, times `step`.
 
     Args:
         inputs: ``(batch, in_channels, height, width)`` in [-127, 127].
         weight: ``(out_channels, in_channels, side, side)`` in [-127, 127].
         bias: ``(out_channels,)`` in the range of int32.
+        step: ``()``, what a sum of 1 stands for. It has no gradient.
         stride: Of both axes.
         padding: Zeros on every side.
 
@@ -83,32 +87,33 @@ def integer_convolution(inputs: Tensor, weight: Tensor, bias: Tensor, stride: in
     batch, _, height, width = windows.shape[:4]
     rows = windows.permute(0, 2, 3, 1, 4, 5).reshape(batch * height * width, -1)
     sums = _product(rows, weight.to(torch.int8).flatten(1)) + bias.to(torch.int32)
-    return sums.reshape(batch, height, width, channels).permute(0, 3, 1, 2).to(inputs.dtype).contiguous()
+    return sums.reshape(batch, height, width, channels).permute(0, 3, 1, 2).to(inputs.dtype).contiguous() * step
 
 
 @integer_convolution.register_fake
-def _(inputs: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+def _(inputs: Tensor, weight: Tensor, bias: Tensor, step: Tensor, stride: int, padding: int) -> Tensor:
     height, width = ((extent + 2 * padding - weight.shape[2]) // stride + 1 for extent in inputs.shape[2:])
     return inputs.new_empty(inputs.shape[0], weight.shape[0], height, width)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.arguments = inputs[3:]
+    ctx.save_for_backward(inputs[0], inputs[1], inputs[3])
+    ctx.arguments = inputs[4:]
 
 
-def _linear_gradients(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    inputs, weight = ctx.saved_tensors
-    return cotangent @ weight, cotangent.t() @ inputs, cotangent.sum(0)
+def _linear_gradients(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    inputs, weight, step = ctx.saved_tensors
+    by_sums = cotangent * step
+    return by_sums @ weight, by_sums.t() @ inputs, by_sums.sum(0), None
 
 
 def _convolution_gradients(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-    inputs, weight = ctx.saved_tensors
-    stride, padding = ctx.arguments
+    inputs, weight, step = ctx.saved_tensors
+    stride, padding = ([each] * 2 for each in ctx.arguments)
     by_inputs, by_weight, by_bias = torch.ops.aten.convolution_backward.default(
-        cotangent, inputs, weight, [weight.shape[0]], [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [True] * 3
+        cotangent * step, inputs, weight, [len(weight)], stride, padding, [1, 1], False, [0, 0], 1, [True] * 3
     )
-    return by_inputs, by_weight, by_bias, None, None
+    return by_inputs, by_weight, by_bias, None, None, None
 
 
 integer_linear.register_autograd(_linear_gradients, setup_context=_keep)
@@ -169,23 +174,21 @@ class IntegerLinear(nn.Linear):
         out_features: Floats that come out.
         step: The step of the activations.
         gain: The weights are normal with standard deviation ``gain / sqrt(in_features)``; biases are zero.
-        relu: Whether a ReLU follows, on the integers.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, step: float, gain: float, relu: bool) -> None:
+    def __init__(self, in_features: int, out_features: int, *, step: float, gain: float) -> None:
         super().__init__(in_features, out_features)
-        self.step, self.relu = step, relu
+        self.step = step
         nn.init.normal_(self.weight, std=gain / math.sqrt(in_features))
         nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias, step = quantise(self.weight, self.bias, self.step)
-        sums = integer_linear(input, weight, bias)
-        return (torch.relu(sums) if self.relu else sums) * step
+        return integer_linear(input, weight, bias, step)
 
 
 class IntegerConv2d(nn.Conv2d):
-    """A padded 3×3 convolution in integers, and a ReLU, between activations of `Whole` and floats."""
+    """A padded 3×3 convolution in integers, between activations of `Whole` and floats."""
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, step: float, gain: float) -> None:
         super().__init__(in_channels, out_channels, 3, stride, padding=1)
@@ -197,7 +200,7 @@ class IntegerConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         assert self.bias is not None
         weight, bias, step = quantise(self.weight, self.bias, self.step)
-        return torch.relu(integer_convolution(input, weight, bias, self.stride[0], 1)) * step
+        return integer_convolution(input, weight, bias, step, self.stride[0], 1)
 
 
 def integer_mlp(
@@ -228,10 +231,11 @@ def integer_mlp(
     width, gain = in_features, 1.0
     for number, out_features in enumerate(hidden, start=1):
         modules[f"whole{number}"] = whole = Whole(range, straight_through=straight_through)
-        modules[f"fc{number}"] = IntegerLinear(width, out_features, step=whole.step, gain=gain, relu=True)
+        modules[f"fc{number}"] = IntegerLinear(width, out_features, step=whole.step, gain=gain)
+        modules[f"relu{number}"] = nn.ReLU()
         width, gain = out_features, RELU_GAIN
     modules["whole"] = whole = Whole(range, straight_through=straight_through)
-    modules["head"] = IntegerLinear(width, num_classes, step=whole.step, gain=1.0, relu=False)
+    modules["head"] = IntegerLinear(width, num_classes, step=whole.step, gain=1.0)
     return nn.Sequential(OrderedDict(modules))
 
 
@@ -267,9 +271,10 @@ def integer_cnn(
     for number, (out_channels, stride) in enumerate(((width, 1), (2 * width, 2)), start=1):
         modules[f"whole{number}"] = whole = Whole(range, straight_through=straight_through)
         modules[f"conv{number}"] = IntegerConv2d(channels, out_channels, stride=stride, step=whole.step, gain=gain)
+        modules[f"relu{number}"] = nn.ReLU()
         channels, gain = out_channels, RELU_GAIN
     modules["flatten"] = nn.Flatten()
     modules["whole"] = whole = Whole(range, straight_through=straight_through)
     features = channels * ((image_size + 1) // 2) ** 2
-    modules["head"] = IntegerLinear(features, num_classes, step=whole.step, gain=1.0, relu=False)
+    modules["head"] = IntegerLinear(features, num_classes, step=whole.step, gain=1.0)
     return nn.Sequential(OrderedDict(modules))

@@ -57,9 +57,10 @@ def test_the_readout_is_a_mean_of_leaky_membranes(decay: float) -> None:
     torch.testing.assert_close(head(Membrane(decay)(spikes)), total / whole)
 
 
-NETWORKS: dict[str, Any] = {"mlp": functools.partial(spiking_mlp, hidden=(12, 8)), "cnn": functools.partial(spiking_cnn, width=4)}
-
-
+NETWORKS: dict[str, Any] = {
+    "mlp": functools.partial(spiking_mlp, hidden=(12, 8)),
+    "cnn": functools.partial(spiking_cnn, width=4),
+}
 
 
 @pytest.mark.parametrize("encoding", ["direct", "rate"])
@@ -78,10 +79,10 @@ def test_twins_have_the_same_bits(network: str, encoding: str, readout: str) -> 
 
 
 def test_random_spikes_and_counts_compile_and_a_layer_is_one_site_however_many_steps_there_are() -> None:
-    model, images = spiking_mlp(hidden=(12, 8), steps=3, encoding="rate", readout="count"), torch.randn(6, 1, 8, 8)
+    model, images = spiking_mlp(hidden=(6,), steps=2, encoding="rate", readout="count"), torch.randn(6, 1, 8, 8)
     estimator = onward.LikelihoodRatio.feedback_learned(copies=2, warmup=1)
     program = onward.compile(model, images[:4], loss=F.cross_entropy, estimator=estimator)
-    assert len(program.compiled.sites) == 3
+    assert len(program.compiled.sites) == 2
     for size in (4, 6):
         assert np.isfinite(float(program.step(images[:size], torch.arange(size))))
     for parameter in model.parameters():
@@ -113,7 +114,7 @@ def test_bad_options_are_refused() -> None:
 # --- the gradient of a smoothed loss, by quadrature -------------------------------------------------------------------
 
 SIGMA = 0.7
-GRID = 1200
+GRID = 800
 """Midpoints along an axis. A sum over them is wrong by about the probability of a cell at each of the few jumps, a
 thousandth; `ALLOWED` is ten times that."""
 ALLOWED = 1e-2
@@ -174,7 +175,7 @@ def test_the_gradient_is_that_of_the_smoothed_loss(shared: bool) -> None:
     y = torch.tensor([[3.0], [2.0], [3.0]]).double()
     with torch.no_grad():
         expected = by_quadrature(model, x, y)
-    estimator = onward.LikelihoodRatio(noise="gaussian", sigma=SIGMA, copies=4096)
+    estimator = onward.LikelihoodRatio(noise="gaussian", sigma=SIGMA, copies=1024)
     program = onward.compile(model, x, loss=squared, estimator=estimator)
     rows = []
     for _ in range(40):
@@ -185,4 +186,4 @@ def test_the_gradient_is_that_of_the_smoothed_loss(shared: bool) -> None:
     error = found.std(0) / len(rows) ** 0.5
     scale = expected.abs().max()
     assert bool(((found.mean(0) - expected).abs() <= BOUND * error + ALLOWED * scale).all()), (found.mean(0), expected)
-    assert float(error.max()) < 0.02 * float(scale), "too noisy to notice anything"
+    assert float(error.max()) < 0.05 * float(scale), "too noisy to notice anything"
