@@ -30,7 +30,7 @@ MEAN_GAIN = math.sqrt(math.pi / 2)
 
 def binarise(weight: Tensor) -> Tensor:
     """``α sign(W)`` with α the mean of ``|W|`` over all dimensions but the first, and α times the derivative of a clamp
-    to [-1, 1] (Hubara's and Courbariaux's straight-through estimator) by W.
+    to [-1, 1] (the straight-through estimator) by W.
 
     Args:
         weight: Floating-point, of at least two dimensions, output channels first.
@@ -50,7 +50,8 @@ class BinaryConv2d(nn.Conv2d):
     """A convolution with the weight ``α sign(W)``; the bias is a float."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, binarise(self.weight), self.bias)
+        outputs: Tensor = self._conv_forward(input, binarise(self.weight), self.bias)
+        return outputs
 
 
 def initialise(layer: nn.Linear | nn.Conv2d, *, gain: float) -> nn.Module:

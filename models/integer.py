@@ -122,12 +122,12 @@ integer_convolution.register_autograd(_convolution_gradients, setup_context=_kee
 
 @register_flop_formula(torch.ops.onward_models.integer_linear)
 def _linear_flops(inputs: Any, weight: Any, *rest: Any, out_shape: Any, **named: Any) -> int:
-    return 2 * math.prod(out_shape) * int(weight[1])
+    return int(2 * math.prod(out_shape) * weight[1])
 
 
 @register_flop_formula(torch.ops.onward_models.integer_convolution)
 def _convolution_flops(inputs: Any, weight: Any, *rest: Any, out_shape: Any, **named: Any) -> int:
-    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+    return int(2 * math.prod(out_shape) * math.prod(weight[1:]))
 
 
 class Whole(nn.Module):
@@ -184,7 +184,8 @@ class IntegerLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias, step = quantise(self.weight, self.bias, self.step)
-        return integer_linear(input, weight, bias, step)
+        outputs: Tensor = integer_linear(input, weight, bias, step)
+        return outputs
 
 
 class IntegerConv2d(nn.Conv2d):
@@ -200,7 +201,8 @@ class IntegerConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         assert self.bias is not None
         weight, bias, step = quantise(self.weight, self.bias, self.step)
-        return integer_convolution(input, weight, bias, step, self.stride[0], 1)
+        outputs: Tensor = integer_convolution(input, weight, bias, step, self.stride[0], 1)
+        return outputs
 
 
 def integer_mlp(

@@ -96,8 +96,9 @@ class EachStep(nn.Module):
         self.layer = layer
 
     def forward(self, inputs: Tensor) -> Tensor:
-        outputs: Tensor = self.layer(inputs.flatten(0, 1))
-        return outputs.unflatten(0, (-1, inputs.shape[1]))
+        outputs = self.layer(inputs.flatten(0, 1))
+        answer: Tensor = outputs.unflatten(0, (-1, inputs.shape[1]))
+        return answer
 
 
 class Membrane(nn.Module):
@@ -236,7 +237,7 @@ class _Time:
     def build(
         self,
         before: list[tuple[str, nn.Module]],
-        layers: list[tuple[str, Callable[..., nn.Module]]],
+        layers: Sequence[tuple[str, Callable[..., nn.Module]]],
         behind: list[tuple[str, nn.Module]],
         head: nn.Linear,
     ) -> nn.Sequential:
