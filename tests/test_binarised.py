@@ -38,9 +38,9 @@ def layer() -> BinaryLinear:
 def estimated(loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """The mean of the latent weight's gradient over many steps, and its standard error."""
     model = layer()
-    program = onward.compile(model, X, loss=loss, estimator=onward.LikelihoodRatio(copies=256, sigma=0.5))
+    program = onward.compile(model, X, loss=loss, estimator=onward.LikelihoodRatio(copies=128, sigma=0.5))
     rows = []
-    for _ in range(60):
+    for _ in range(30):
         model.zero_grad()
         program.step(X, Y)
         assert model.weight.grad is not None
