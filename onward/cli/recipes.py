@@ -36,7 +36,7 @@ RECIPES: dict[str, Recipe] = {
     "sign_mlp": Recipe(20, 32, 3e-3, "adam"),
     "resnet5": Recipe(30, 32, 2e-3, "adam"),
     "resnet9": Recipe(15, 32, 1e-3, "adam"),
-    "resnet18": Recipe(20, 32, 1e-3, "adam"),
+    "resnet18": Recipe(20, 32, 1e-3, "adam", {"segments": ["stage*"]}),  # a block is one subgraph
     "vgg8": Recipe(15, 32, 1e-3, "adam"),
     "quantised_cnn": Recipe(20, 32, 2e-3, "adam"),
     "vit": Recipe(20, 32, 1e-3, "adam"),
