@@ -3,8 +3,8 @@
     python benchmarks/accuracy.py --threads 1
     python benchmarks/accuracy.py --cases vit mlp-12 --rows bp auto "op, reach 0" "op, reach 1" --seeds 0 1 2
 
-Everything goes through the public API, with the recipes of ``onward train`` (epochs, batch, optimizer, learning rate).
-Beside a model without derivative, "bp" is its straight-through twin.
+Everything goes through the public API, with the recipes of ``onward train`` (epochs, batch, optimizer, learning rate,
+and what "auto" is for a model). Beside a model without derivative, "bp" is its twin (`onward.models.TWINS`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from onward.cli.recipes import recipe_for
 from onward.cli.train import Outcome, run
 from onward.evidence.baselines.backpropagation import Backpropagation
 from onward.evidence.provenance import describe, machine
+from onward.models import TWINS
 
 
 @dataclass(frozen=True)
@@ -37,24 +38,22 @@ class Case:
     model: str
     data: str = "digits"
     options: Mapping[str, Any] = field(default_factory=dict)
-    twin: Mapping[str, Any] = field(default_factory=dict)
-    """Further options of the model that backpropagation trains."""
     epochs: int | None = None
     lr: float | None = None
 
 
-_STRAIGHT = {"straight_through": True}
-
 CASES: dict[str, Case] = {
     "mlp": Case("mlp"),
     "resnet5": Case("resnet5"),
-    "sign_mlp": Case("sign_mlp", twin=_STRAIGHT),
-    "quantised_cnn": Case("quantised_cnn", twin=_STRAIGHT),
+    "sign_mlp": Case("sign_mlp"),
+    "quantised_cnn": Case("quantised_cnn"),
     "mlp-12": Case("mlp", options={"depth": 12}, epochs=20, lr=1e-3),
     "vit": Case("vit"),
     "mlp-mnist": Case("mlp", "mnist5k", epochs=15, lr=1e-3),
     "resnet5-mnist": Case("resnet5", "mnist5k", epochs=15, lr=3e-3),
     "resnet9-mnist": Case("resnet9", "mnist5k", options={"width": 8}, epochs=6),
+    "resnet18": Case("resnet18", options={"width": 8}),
+    **{name: Case(name) for name in TWINS if name not in ("sign_mlp", "quantised_cnn")},
 }
 """The cases by name."""
 
@@ -125,12 +124,14 @@ def train(name: str, row: str, seed: int, epochs: int | None = None, lr: float |
     training = replace(training, epochs=number, lr=training.lr if case.lr is None else case.lr)
     make = ROWS[row]
     torch.manual_seed(seed)
-    net = models.build_for(case.model, dataset, **case.options, **(case.twin if make is None else {}))
+    twin = TWINS.get(case.model, {}) if make is None else {}
+    net = models.build_for(case.model, dataset, **{**case.options, **twin})
     if make is None:
         outcome: Outcome = run(Backpropagation(net, F.cross_entropy, seed), dataset, training, progress=False)
     else:
         example = dataset.train.tensors[0][: training.batch_size]
-        program = compile_program(net, (example,), loss=F.cross_entropy, estimator=make(), seed=seed)
+        estimator = recipe_for(case.model).estimator if row == "auto" else make()
+        program = compile_program(net, (example,), loss=F.cross_entropy, estimator=estimator, seed=seed)
         if row in BUDGETS:
             images, target = (tensor[:128] for tensor in dataset.train.tensors)
             found = program.calibrate(images, target, budget=BUDGETS[row], batch_size=training.batch_size)

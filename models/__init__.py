@@ -1,11 +1,14 @@
 """The reference zoo and its data sets: plain `nn.Module`s and tensors, with nothing of the compiler in them."""
 
 from .batches import TensorBatches
+from .binarised import binarised_cnn, binarised_mlp
 from .data import DATASETS, Dataset, load, loaders
+from .integer import integer_cnn, integer_mlp
 from .mlp import mlp, sign_mlp
 from .quantised import quantised_cnn
 from .registry import MODELS, TWINS, DatasetInfo, build, build_for, twin_of
-from .resnet import resnet5, resnet9
+from .resnet import resnet5, resnet9, resnet18
+from .spiking import spiking_cnn, spiking_mlp
 from .vgg import vgg8
 from .vit import vit
 
@@ -16,15 +19,22 @@ __all__ = [
     "Dataset",
     "DatasetInfo",
     "TensorBatches",
+    "binarised_cnn",
+    "binarised_mlp",
     "build",
     "build_for",
+    "integer_cnn",
+    "integer_mlp",
     "load",
     "loaders",
     "mlp",
     "quantised_cnn",
     "resnet5",
     "resnet9",
+    "resnet18",
     "sign_mlp",
+    "spiking_cnn",
+    "spiking_mlp",
     "twin_of",
     "vgg8",
     "vit",

@@ -120,6 +120,17 @@ def activation(name: str) -> tuple[nn.Module, float]:
     return factory(), gain
 
 
+def normalisation(name: str, channels: int) -> nn.Module:
+    """A fresh module for the normalisation `name` of so many feature maps.
+
+    Raises:
+        UnknownNameError: `name` is not in `NORMS`.
+    """
+    if name not in NORMS:
+        raise unknown_name("norm", name, NORMS)
+    return NORMS[name](channels)
+
+
 def linear(in_features: int, out_features: int, *, gain: float) -> nn.Linear:
     """A linear layer, its weights normal with standard deviation ``gain / sqrt(in_features)``, its biases zero."""
     layer = nn.Linear(in_features, out_features)
@@ -139,11 +150,10 @@ def convolution(
     Raises:
         UnknownNameError: `norm` is not in `NORMS`.
     """
-    if norm not in NORMS:
-        raise unknown_name("norm", norm, NORMS)
+    following = normalisation(norm, out_channels)
     layer = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=norm == "none")
     nn.init.normal_(layer.weight, std=gain / math.sqrt(in_channels * kernel * kernel))
     if layer.bias is None:
-        return nn.Sequential(OrderedDict(conv=layer, norm=NORMS[norm](out_channels)))
+        return nn.Sequential(OrderedDict(conv=layer, norm=following))
     nn.init.zeros_(layer.bias)
     return layer

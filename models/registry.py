@@ -13,9 +13,12 @@ import torch
 from torch import nn
 
 from ..passes.errors import OptionError, unknown_name
+from .binarised import binarised_cnn, binarised_mlp
+from .integer import integer_cnn, integer_mlp
 from .mlp import mlp, sign_mlp
 from .quantised import quantised_cnn
-from .resnet import resnet5, resnet9
+from .resnet import resnet5, resnet9, resnet18
+from .spiking import spiking_cnn, spiking_mlp
 from .vgg import vgg8
 from .vit import vit
 
@@ -24,9 +27,16 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "sign_mlp": sign_mlp,
     "resnet5": resnet5,
     "resnet9": resnet9,
+    "resnet18": resnet18,
     "vgg8": vgg8,
     "quantised_cnn": quantised_cnn,
     "vit": vit,
+    "spiking_mlp": spiking_mlp,
+    "spiking_cnn": spiking_cnn,
+    "binarised_mlp": binarised_mlp,
+    "binarised_cnn": binarised_cnn,
+    "integer_mlp": integer_mlp,
+    "integer_cnn": integer_cnn,
 }
 
 _STRAIGHT: Mapping[str, object] = {"straight_through": True}
@@ -34,6 +44,12 @@ _STRAIGHT: Mapping[str, object] = {"straight_through": True}
 TWINS: dict[str, Mapping[str, object]] = {
     "sign_mlp": _STRAIGHT,
     "quantised_cnn": _STRAIGHT,
+    "spiking_mlp": {"surrogate": True},
+    "spiking_cnn": {"surrogate": True},
+    "binarised_mlp": _STRAIGHT,
+    "binarised_cnn": _STRAIGHT,
+    "integer_mlp": _STRAIGHT,
+    "integer_cnn": _STRAIGHT,
 }
 """Of each model without derivative the options of its twin: same weights and forward, but backpropagation can train it.
 

@@ -103,3 +103,37 @@ def resnet9(num_classes: int = 10, in_channels: int = 3, width: int = 32, norm: 
         "head": linear(8 * width, num_classes, gain=RELU_GAIN),
     }
     return nn.Sequential(OrderedDict(modules))
+
+
+def resnet18(num_classes: int = 10, in_channels: int = 3, width: int = 64, norm: str = "none") -> nn.Sequential:
+    """ResNet-18 (He et al. 2016, arXiv 1512.03385) as images of 32×32 have it: a 3×3 stem of stride 1 and no max-pool.
+
+    Four stages of two residual blocks, with `width`, 2, 4 and 8 times `width` channels, the first block of every stage
+    but the first with a stride of 2; global average pool, linear layer. Any image size will do.
+
+    Args:
+        num_classes: Outputs.
+        in_channels: Channels of the images.
+        width: Channels of the stem and the first stage; 64 are the paper's.
+        norm: "none", "batch" or "group": what follows each convolution.
+
+    Returns:
+        A module from float ``(batch, in_channels, height, width)`` to logits ``(batch, num_classes)``.
+
+    Raises:
+        UnknownNameError: `norm` is none of these.
+    """
+    modules: dict[str, nn.Module] = {
+        "stem": convolution(in_channels, width, norm=norm, gain=1.0),
+        "relu": nn.ReLU(),
+    }
+    channels = width
+    for stage in range(4):
+        for block in range(2):
+            stride = 2 if stage and not block else 1
+            modules[f"stage{stage + 1}_{block + 1}"] = ResidualBlock(channels, width << stage, stride=stride, norm=norm)
+            channels = width << stage
+    modules["pool"] = nn.AdaptiveAvgPool2d(1)
+    modules["flatten"] = nn.Flatten()
+    modules["head"] = linear(channels, num_classes, gain=RELU_GAIN)
+    return nn.Sequential(OrderedDict(modules))

@@ -10,7 +10,8 @@ recurrence, equal blocks) are traced once. Outputs are the gradients of the site
 Returns the subgraphs by site index; the graph itself is not changed.
 
 Declines: a parameter that only reaches its site through an operation without derivative (``sign(weight)``, rounding)
-has a gradient that does not depend on the cotangent; the error names it.
+has a gradient that does not depend on the cotangent; the error names it. A model may declare a derivative there, as
+``hard.detach() - (soft.detach() - soft)`` or by an operator with a formula of its own: it is part of the expression.
 """
 
 from __future__ import annotations
@@ -300,7 +301,8 @@ def _normal_form(
             raise UnreachedParameterError(
                 f"the parameter {target!r} has no local derivative at {describe(core)}: on its way there it passes an "
                 "operation whose derivative is zero (sign, round, comparison, argmax, detach). It would stay "
-                "untrained. Freeze it, or keep the operation without derivative on the activations.",
+                "untrained. Freeze it, keep the operation without derivative on the activations, or let the model "
+                "declare one for it (as onward.models.binarised does).",
                 [target],
             )
         gradients.append((Output("gradient", target), mapping[result]))

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 import onward
 from onward.cli import app
-from onward.cli.common import make_estimator, parse_blocks, parse_groups, parse_options, parse_sigma
+from onward.cli.common import make_estimator, parse_blocks, parse_groups, parse_options, parse_sigma, set_up
 from onward.cli.options import Common
-from onward.cli.recipes import recipe_names
+from onward.cli.recipes import find_recipe, recipe_names
 from onward.compiler.files import check_writable, write_whole
 from onward.compiler.save import read_manifest
 from onward.passes.errors import OptionError, OutputError
@@ -167,6 +167,17 @@ def test_lists_and_version():
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_changes_auto_and_a_model_without_derivative_has_its_twin_beside_it():
+    recipe = find_recipe("binarised_cnn")
+    setup = set_up(recipe, Common(model_option=["width=2"]))
+    assert setup.estimator == onward.LikelihoodRatio.auto(blocks=1) == recipe.estimator
+    assert make_estimator(Common(blocks=["2"]), recipe.estimator).blocks == 2
+    assert make_estimator(Common(groups="layerwise"), recipe.estimator) == make_estimator(Common(groups="layerwise"))
+    twin = setup.twin()
+    assert [getattr(module, "straight_through", None) for module in (setup.model.act1, twin.act1)] == [False, True]
+    assert all(torch.equal(one, two) for one, two in zip(setup.model.parameters(), twin.parameters(), strict=True))
 
 
 def test_estimator_from_options():

@@ -15,7 +15,24 @@ import torch.nn.functional as F
 from torch import nn
 
 import onward
-from onward.models import MODELS, build, build_for, load, loaders, mlp, quantised_cnn, resnet5, resnet9, vgg8, vit
+from onward.models import (
+    MODELS,
+    TWINS,
+    binarised_cnn,
+    build,
+    build_for,
+    load,
+    loaders,
+    mlp,
+    quantised_cnn,
+    resnet5,
+    resnet9,
+    resnet18,
+    spiking_cnn,
+    twin_of,
+    vgg8,
+    vit,
+)
 from onward.models.layers import ACTIVATIONS, NORMS, Quantise, Sign
 from onward.models.vit import SelfAttention
 from onward.passes.errors import OptionError, UnknownNameError
@@ -77,6 +94,23 @@ CASES = [
         4,
         conv(3, 2) + conv(2, 4) + conv(4, 4) + fc(4, 4),
     ),
+    Case(
+        "resnet18",
+        {"width": 2, "in_channels": 1},
+        (1, 9, 8),
+        10,
+        21,
+        conv(1, 2)
+        + 4 * conv(2, 2)
+        + sum(conv(w, 2 * w) + 3 * conv(2 * w, 2 * w) + conv(w, 2 * w, 1) for w in (2, 4, 8))
+        + fc(16, 10),
+    ),
+    Case("spiking_mlp", {"hidden": (7, 6), "steps": 2}, (1, 8, 8), 10, 3, fc(64, 7) + fc(7, 6) + fc(6, 10)),
+    Case("spiking_cnn", {"width": 2, "steps": 2}, (1, 8, 8), 10, 3, conv(1, 2) + conv(2, 4) + 6 + fc(64, 10)),
+    Case("binarised_mlp", {"hidden": (7, 6)}, (1, 8, 8), 10, 3, fc(64, 7) + fc(7, 6) + fc(6, 10)),
+    Case("binarised_cnn", {"width": 2}, (1, 8, 8), 10, 3, conv(1, 2) + conv(2, 4) + 6 + fc(64, 10)),
+    Case("integer_mlp", {"hidden": (7, 6)}, (1, 8, 8), 10, 3, fc(64, 7) + fc(7, 6) + fc(6, 10)),
+    Case("integer_cnn", {"width": 2}, (1, 8, 8), 10, 3, conv(1, 2) + conv(2, 4) + fc(64, 10)),
     Case("vit", {}, (1, 8, 8), 10, 18, 4 * 64 + 16 * 64 + 4 * block(64, 128) + 2 * 64 + fc(64, 10)),
     Case(
         "vit",
@@ -121,7 +155,7 @@ def test_layers_and_parameters_are_counted(case: Case) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == case.num_parameters
 
 
-@pytest.mark.parametrize("factory", [resnet5, resnet9, vgg8, quantised_cnn])
+@pytest.mark.parametrize("factory", [resnet5, resnet9, resnet18, vgg8, quantised_cnn, spiking_cnn, binarised_cnn])
 def test_a_norm_follows_every_convolution(factory: Any) -> None:
     for norm, kind in {"batch": nn.BatchNorm2d, "group": nn.GroupNorm}.items():
         modules = list(factory(norm=norm, width=6).modules())
@@ -142,12 +176,12 @@ def test_exports_with_any_batch_size(case: Case, norm: str, training: bool) -> N
             torch.testing.assert_close(exported(batch[:size]), model(batch[:size]))
 
 
-@pytest.mark.parametrize("name", ["sign_mlp", "quantised_cnn", "vit"])
+@pytest.mark.parametrize("name", ["sign_mlp", "quantised_cnn", "vit", "spiking_cnn", "binarised_cnn", "integer_cnn"])
 def test_compiles_and_steps_with_any_batch_size(name: str) -> None:
     """The compiler takes the models of the zoo that have what the others have not: no derivative, attention."""
     torch.manual_seed(0)
-    options = {"sign_mlp": {"hidden": (8, 8)}, "quantised_cnn": {"width": 4}, "vit": {"width": 8, "depth": 1}}
-    model = build(name, **options[name])
+    options = {"sign_mlp": {"hidden": (8, 8)}, "vit": {"width": 8, "depth": 1}}
+    model = build(name, **options.get(name, {"width": 4}))
     batch, targets = torch.randn(6, 1, 8, 8), torch.arange(6)
     estimator = onward.LikelihoodRatio.feedback_learned(copies=2, reach=1, warmup=1)
     program = onward.compile(model, (batch[:4],), loss=F.cross_entropy, estimator=estimator)
@@ -187,6 +221,11 @@ def check_gain(module: nn.Module, gain: float) -> None:
         ("quantised_cnn", {"levels": 3, "scale": 1.0}, (1, 8, 8)),
         ("resnet5", {}, (1, 8, 8)),
         ("resnet9", {"width": 16}, (3, 32, 32)),
+        ("resnet18", {"width": 8}, (3, 32, 32)),
+        ("spiking_mlp", {"hidden": (256,) * 4}, (64,)),
+        ("binarised_mlp", {"hidden": (256,) * 8}, (64,)),
+        ("integer_mlp", {"hidden": (256,) * 8}, (64,)),
+        ("integer_cnn", {}, (1, 8, 8)),
         ("vgg8", {"width": 16}, (3, 32, 32)),
     ],
 )
@@ -239,6 +278,12 @@ def test_a_straight_through_twin_has_the_same_bits_and_a_clamps_derivative(modul
         ("sign_mlp", {"depth": 5}, {"fc1", "fc2", "fc3", "fc4"}),
         ("quantised_cnn", {}, {"conv1", "conv2"}),
         ("quantised_cnn", {"norm": "batch", "levels": 3, "scale": 1.0}, {"conv1", "conv2"}),
+        ("spiking_mlp", {}, {"fc1", "fc2"}),
+        ("spiking_cnn", {}, {"conv1", "conv2"}),
+        ("binarised_mlp", {}, {"fc1", "fc2"}),
+        ("binarised_cnn", {}, {"conv1", "norm1", "conv2", "norm2"}),
+        ("integer_mlp", {}, {"fc1", "fc2"}),
+        ("integer_cnn", {}, {"conv1", "conv2"}),
     ],
 )
 def test_only_the_twin_trains_what_lies_before_a_hard_operation(
@@ -248,7 +293,7 @@ def test_only_the_twin_trains_what_lies_before_a_hard_operation(
     outputs, without_gradient = [], []
     for twin in (False, True):
         torch.manual_seed(0)
-        model = build(name, **options, straight_through=twin)
+        model = build(name, **options, **(TWINS[name] if twin else {}))
         output = model(batch)
         torch.autograd.backward(output.square().sum())
         outputs.append(output)
@@ -369,6 +414,7 @@ def one_thread() -> Iterator[None]:
         ("resnet5", {}, 5e-3, 6),
         ("quantised_cnn", {"straight_through": True}, 5e-3, 6),
         ("vit", {}, 1e-3, 6),
+        ("spiking_mlp", {"surrogate": True}, 3e-3, 4),
     ],
 )
 def test_learns_digits_by_backpropagation(
@@ -396,6 +442,20 @@ def test_build_for_fits_the_data_set(name: str) -> None:
     dataset = load("digits")
     model = build_for(name, dataset)
     assert model(dataset.test.tensors[0][:2]).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", ["mlp", *TWINS])
+def test_a_twin_has_the_models_weights_and_forward_and_leaves_random_numbers_alone(name: str) -> None:
+    dataset, before = load("digits"), torch.get_rng_state()
+    model = build_for(name, dataset)
+    torch.set_rng_state(before)
+    twin = twin_of(name, dataset, model)
+    assert torch.equal(torch.get_rng_state(), before)
+    inputs = dataset.test.tensors[0][:8]
+    assert torch.equal(twin(inputs), model(inputs))
+    torch.autograd.backward(twin(inputs).square().sum())
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in twin.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @dataclass(frozen=True)
