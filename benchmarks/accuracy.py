@@ -18,7 +18,6 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
@@ -55,6 +54,8 @@ CASES: dict[str, Case] = {
     "mlp-mnist": Case("mlp", "mnist5k", epochs=15, lr=1e-3),
     "resnet5-mnist": Case("resnet5", "mnist5k", epochs=15, lr=3e-3),
     "resnet9-mnist": Case("resnet9", "mnist5k", options={"width": 8}, epochs=6),
+    **{model: Case(model, "surnames") for model in ("rnn_text", "gru_text", "lstm_text")},
+    "gpt": Case("gpt", "python-docs"),
 }
 """The cases by name."""
 
@@ -131,14 +132,14 @@ def train(name: str, row: str, seed: int, epochs: int | None = None, lr: float |
     torch.manual_seed(seed)
     net = models.build_for(case.model, dataset, **case.options, **(case.twin if make is None else {}))
     if make is None:
-        outcome: Outcome = run(Backpropagation(net, F.cross_entropy, seed), dataset, training, progress=False)
+        outcome: Outcome = run(Backpropagation(net, dataset.loss, seed), dataset, training, progress=False)
     else:
         example = dataset.train.tensors[0][: recipe.batch_size]
-        program = compile_program(net, (example,), loss=F.cross_entropy, estimator=make(), seed=seed)
+        program = compile_program(net, (example,), loss=dataset.loss, estimator=make(), seed=seed)
         if row in BUDGETS:
             images, target = (tensor[:128] for tensor in dataset.train.tensors)
             found = program.calibrate(images, target, budget=BUDGETS[row], batch_size=recipe.batch_size)
-            program = compile_program(net, (example,), loss=F.cross_entropy, estimator=found, seed=seed)
+            program = compile_program(net, (example,), loss=dataset.loss, estimator=found, seed=seed)
         outcome = run(program, dataset, training, progress=False)
     perturbed = outcome.forwards_per_sample_and_step - 1
     return Result(name, row, seed, outcome.test_accuracy, perturbed, outcome.seconds)

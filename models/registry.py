@@ -11,8 +11,10 @@ from typing import Protocol
 from torch import nn
 
 from ..passes.errors import OptionError, unknown_name
+from .gpt import gpt
 from .mlp import mlp, sign_mlp
 from .quantised import quantised_cnn
+from .recurrent import gru_text, lstm_text, rnn_text
 from .resnet import resnet5, resnet9
 from .vgg import vgg8
 from .vit import vit
@@ -25,6 +27,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg8": vgg8,
     "quantised_cnn": quantised_cnn,
     "vit": vit,
+    "rnn_text": rnn_text,
+    "gru_text": gru_text,
+    "lstm_text": lstm_text,
+    "gpt": gpt,
 }
 
 
@@ -33,11 +39,15 @@ class DatasetInfo(Protocol):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input; of an image ``(channels, height, width)``."""
+        """Shape of one input; of an image ``(channels, height, width)``, of a text ``(length,)``."""
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Size of the vocabulary of inputs that are tokens; 0 where they are not."""
 
 
 def find_factory(name: str) -> Callable[..., nn.Module]:
@@ -103,8 +113,9 @@ def build(name: str, **options: object) -> nn.Module:
 def build_for(name: str, dataset: DatasetInfo, **options: object) -> nn.Module:
     """Build a model that fits a data set.
 
-    Those of the parameters `num_classes`, `in_features`, `in_channels` and `image_size` that the factory's signature
-    names come from `dataset`, the last two only if its inputs are images, of shape ``(channels, height, width)``.
+    Those of the parameters `num_classes`, `in_features`, `in_channels`, `image_size`, `num_tokens` and `length` that the
+    factory's signature names come from `dataset`: `in_channels` and `image_size` only if its inputs are images, of shape
+    ``(channels, height, width)``, the last two only if they are tokens, of shape ``(length,)``.
 
     Args:
         name: As for `build`.
@@ -119,6 +130,8 @@ def build_for(name: str, dataset: DatasetInfo, **options: object) -> nn.Module:
     facts: dict[str, object] = {"num_classes": dataset.num_classes, "in_features": math.prod(shape)}
     if len(shape) == 3:
         facts |= {"in_channels": shape[0], "image_size": shape[1]}
+    if dataset.num_tokens:
+        facts |= {"num_tokens": dataset.num_tokens, "length": shape[0]}
     try:
         parameters = set(inspect.signature(find_factory(name)).parameters)
     except ValueError:

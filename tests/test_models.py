@@ -17,7 +17,7 @@ from torch import nn
 import onward
 from onward.models import MODELS, build, build_for, load, loaders, mlp, quantised_cnn, resnet5, resnet9, vgg8, vit
 from onward.models.layers import ACTIVATIONS, NORMS, Quantise, Sign
-from onward.models.vit import SelfAttention
+from onward.models.transformer import SelfAttention
 from onward.passes.errors import OptionError, UnknownNameError
 
 

@@ -12,11 +12,15 @@ from ...passes.errors import unknown_name
 from .bundled import load_digits, load_linear, load_mnist5k
 from .dataset import Dataset, loaders
 from .hub import HUB_SOURCES, hub_loader
+from .python_docs import load_python_docs
+from .surnames import load_surnames
 
 DATASETS: dict[str, Callable[[int, Path | None], Dataset]] = {
     "digits": load_digits,
     "mnist5k": load_mnist5k,
     "linear": load_linear,
+    "surnames": load_surnames,
+    "python-docs": load_python_docs,
     **{name: hub_loader(name) for name in HUB_SOURCES},
 }
 """Each data set's loader, given the seed of the split and the folder of the cache."""
