@@ -26,7 +26,7 @@ class RecurrentClassifier(nn.Module):
                 f"{hidden} and {layers}."
             )
         self.embed = nn.Embedding(num_tokens, width, padding_idx=0)
-        self.recurrent = CELLS[cell](width, hidden, layers, batch_first=True)
+        self.recurrent = CELLS[cell](width, hidden, layers, bias=False, batch_first=True)
         self.head = linear(hidden, num_classes, gain=1.0)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -37,8 +37,7 @@ class RecurrentClassifier(nn.Module):
         """
         check_tokens(type(self.recurrent).__name__, tokens)
         states, _ = self.recurrent(self.embed(tokens))
-        real = (tokens != 0).unsqueeze(2).to(states.dtype)
-        logits: Tensor = self.head((states * real).sum(1) / real.sum(1).clamp(min=1.0))
+        logits: Tensor = self.head(states[:, -1])
         return logits
 
 

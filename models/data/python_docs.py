@@ -14,10 +14,10 @@ from torch.utils.data import TensorDataset
 from .dataset import Dataset
 from .text import Vocabulary
 
-LENGTH = 32
+LENGTH = 16
 """Characters of a window, each with the one that follows it for its target."""
 
-RARE = 20
+RARE = 200
 """Characters that are rarer than that in the training text are unknown."""
 
 

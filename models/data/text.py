@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 from .dataset import Dataset
 
 PADDING = 0
-"""What fills a text up behind its end; models leave it out."""
+"""What fills a text up in front of its beginning; models read over it."""
 
 UNKNOWN = 1
 """What the vocabulary does not have."""
@@ -47,12 +47,12 @@ class Vocabulary:
         return len(self.pieces) + UNKNOWN + 1
 
     def encode(self, texts: Sequence[Pieces], length: int) -> Tensor:
-        """`texts` as int64 ``(len(texts), length)``: cut off behind `length` pieces, or filled up with `PADDING`."""
+        """`texts` as int64 ``(len(texts), length)``: cut off behind `length` pieces, or `PADDING` in front."""
         numbers = self.numbers
         encoded = torch.full((len(texts), length), PADDING, dtype=torch.int64)
         for row, text in zip(encoded, texts, strict=True):
             cut = [numbers.get(piece, UNKNOWN) for piece in text[:length]]
-            row[: len(cut)] = torch.tensor(cut, dtype=torch.int64)
+            row[length - len(cut) :] = torch.tensor(cut, dtype=torch.int64)
         return encoded
 
     def decode(self, tokens: Tensor) -> list[str]:
