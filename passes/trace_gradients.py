@@ -3,7 +3,8 @@
 The region alone is differentiated, traced by ``make_fx`` with symbolic batch, functionalised, dead code removed. What
 is left of a convolution or a linear layer is exactly the weight-gradient kernel. Inputs are the operands that the vjp
 really reads (others are dropped: they need no capture), the parameters that it reads, and ``cotangent``, the gradient
-of the loss at the noise point, shaped like the site's output. Outputs are the gradients of the site's parameters; with
+of the loss at the noise point, shaped like the site's output. Regions that differ in nothing but names (the steps of a
+recurrence, equal blocks) are traced once. Outputs are the gradients of the site's parameters; with
 `values` also every activation of the region by its node's name, for `reuse_values` to take from the clean run.
 
 Returns the subgraphs by site index; the graph itself is not changed.
@@ -36,8 +37,9 @@ def trace_gradients(module: fx.GraphModule, *, capture: str, values: bool = Fals
     Sites with noise on their weight have none (`perturb_weights.weight_gradients`).
     """
     nodes = {node.name: node for node in module.graph.nodes}
+    known: dict[Any, fx.GraphModule] = {}
     traced = [site for site in sites(module) if site.weight_noise is None]
-    return {site.index: _trace(module, site, nodes, capture, values) for site in traced}
+    return {site.index: _trace(module, site, nodes, capture, values, known) for site in traced}
 
 
 def captures_normalized(site: Site, core: fx.Node, capture: str) -> bool:
@@ -54,10 +56,16 @@ def _last(site: Site, core: fx.Node) -> fx.Node:
 
 
 def _trace(
-    module: fx.GraphModule, site: Site, nodes: dict[str, fx.Node], capture: str, with_values: bool
+    module: fx.GraphModule,
+    site: Site,
+    nodes: dict[str, fx.Node],
+    capture: str,
+    with_values: bool,
+    known: dict[Any, fx.GraphModule],
 ) -> fx.GraphModule:
     core = nodes[site.core]
     computed: tuple[str, ...] = ()
+    region: Any
     if captures_normalized(site, core, capture):
         region, operands = _normalized_region(site, core, nodes)
     else:
@@ -70,9 +78,36 @@ def _trace(
     ]  # fmt: skip
     weights = [node.meta["val"] for node in parameters]
     ends = [nodes[name].meta["val"] for name in site.ends]
+    key = _structure(region, [*values, *weights, *ends]) if isinstance(region, fx.GraphModule) else site
+    if key not in known:
+        known[key] = _vjp(region, values, weights, ends, batch_symbol(module), core)
+    return _normal_form(known[key], site, operands, [nodes[name] for name in operands], parameters, core, computed)
+
+
+def _structure(region: fx.GraphModule, values: list[Any]) -> Any:
+    """What a region's vjp depends on: its operations, and what its operands, parameters and results are like."""
+    number = {node: place for place, node in enumerate(region.graph.nodes)}
+
+    def unnamed(node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return ()
+        return str(node.target), repr(fx.map_arg((node.args, node.kwargs), lambda source: f"%{number[source]}"))
+
+    return tuple(unnamed(node) for node in region.graph.nodes), tuple(_likeness(value) for value in values)
+
+
+def _likeness(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return str(value)
+    return str(value.shape), str(value.stride()), value.dtype, value.device
+
+
+def _vjp(
+    region: Any, values: list[Any], weights: list[Any], ends: list[Any], batch: Any, core: fx.Node
+) -> fx.GraphModule:
+    """The traced vjp ``(cotangents, operands, parameters) -> (*gradients, *values inside)`` of a region."""
     mode = detect_fake_mode(ends)
     assert mode is not None
-    batch = batch_symbol(module)  # read before the trace: a symbol that it fixed is none any more
 
     def gradient(cotangents: list[Any], values: list[Any], weights: list[Any]) -> tuple[Any, ...]:
         # autograd.grad and not torch.func.vjp, whose wrappers read sizes as integers and so would fix the batch size
@@ -88,12 +123,12 @@ def _trace(
     with mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention counts as random, and is not core ATen
         cotangents = [torch.empty_like(end, memory_format=torch.contiguous_format) for end in ends]
         traced = make_fx(gradient, _DECOMPOSED, _allow_non_fake_inputs=True)(cotangents, values, weights)
-    _check_symbolic(batch, core)
+    _check_symbolic(batch, core)  # `batch` was read before the trace: a symbol that it fixed is none any more
     drop_detaches(traced)
     _functionalize(traced)
     _cancel_transposes(traced)
     traced.graph.eliminate_dead_code()
-    return _normal_form(traced, site, operands, [nodes[name] for name in operands], parameters, core, computed)
+    return traced
 
 
 def _pad(x: Tensor, pad: Sequence[int], value: float = 0) -> Tensor:
