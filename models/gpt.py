@@ -68,6 +68,4 @@ def gpt(
     if min(num_tokens, length) < 1:
         raise OptionError(f"gpt: num_tokens and length must be at least 1, not {num_tokens} and {length}.")
     check_heads("gpt", width, heads)
-    return GPT(
-        num_tokens=num_tokens, length=length, width=width, depth=depth, heads=heads, hidden=expansion * width
-    )
+    return GPT(num_tokens=num_tokens, length=length, width=width, depth=depth, heads=heads, hidden=expansion * width)

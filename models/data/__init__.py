@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...passes.errors import unknown_name
+from .ag_news import load_ag_news
 from .bundled import load_digits, load_linear, load_mnist5k
 from .dataset import Dataset, loaders
 from .hub import HUB_SOURCES, hub_loader
@@ -21,6 +22,7 @@ DATASETS: dict[str, Callable[[int, Path | None], Dataset]] = {
     "linear": load_linear,
     "surnames": load_surnames,
     "python-docs": load_python_docs,
+    "ag-news": load_ag_news,
     **{name: hub_loader(name) for name in HUB_SOURCES},
 }
 """Each data set's loader, given the seed of the split and the folder of the cache."""
@@ -30,10 +32,12 @@ def load(name: str, *, seed: int = 0, root: str | Path | None = None) -> Dataset
     """Load a data set by name.
 
     Args:
-        name: "digits"; "linear", synthetic; with ``pip install onward[mnist]`` "mnist5k"; or with ``pip install
-            onward[data]`` "fashion-mnist", "cifar10" or "cifar100".
-        seed: Chooses the split of a data set that comes without one (digits, mnist5k), and all of linear. It is *not*
-            the seed of a training run: leave it alone, and all runs are tested on the same samples.
+        name: "digits"; "linear", synthetic; "python-docs", characters of Python's own documentation; with ``pip install
+            onward[mnist]`` "mnist5k"; with ``pip install onward[text]`` "surnames"; or with ``pip install
+            onward[data]`` "fashion-mnist", "cifar10", "cifar100" or "ag-news".
+        seed: Chooses the split of a data set that comes without one (digits, mnist5k, surnames, python-docs), and all
+            of linear. It is *not* the seed of a training run: leave it alone, and all runs are tested on the same
+            samples.
         root: Folder of the downloads; by default that of Hugging Face, which HF_HOME moves.
 
     Raises:

@@ -50,15 +50,16 @@ def load_python_docs(seed: int, root: Path | None) -> Dataset:
         num_tokens=len(vocabulary),
         loss=next_token_loss,
         source=f"the language reference of Python {platform.python_version()} as its module pydoc_data.topics has it, "
-        f"{len(texts)} topics, each paragraph once, in lower case, spaces collapsed; a fifth of the topics for testing, "
-        f"drawn with seed {seed}.",
+        f"{len(texts)} topics, each paragraph once, in lower case, white space as single spaces; a fifth of the topics "
+        f"for testing, drawn with seed {seed}; windows of {LENGTH} characters.",
     )
 
 
 def topics() -> list[str]:
     """The texts of ``help()``'s topics, in the order of their names, white space as single spaces.
 
-    Many topics repeat parts of others: a paragraph stays where it comes first, so that none is in two.
+    Many topics repeat parts of others: a paragraph stays where it comes first, so that none is in two. Python's versions
+    differ in these texts, as in what they describe.
     """
     from pydoc_data.topics import topics as originals
 

@@ -66,7 +66,9 @@ def surnames() -> list[list[str]]:
     """
     listed = [_listed(*place) for place in LOCALES.values()]
     languages = Counter(name for names in listed for name in names)
-    own = [{name for name in names if languages[name] == 1 and name.isalpha() and len(name) <= LENGTH} for names in listed]
+    own = [
+        {name for name in names if languages[name] == 1 and name.isalpha() and len(name) <= LENGTH} for names in listed
+    ]
     return [sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[:OF_A_LANGUAGE] for names in own]
 
 
