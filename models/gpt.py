@@ -39,7 +39,7 @@ class GPT(nn.Module):
 
 def gpt(
     num_tokens: int = 64,
-    length: int = 32,
+    length: int = 16,
     width: int = 32,
     depth: int = 2,
     heads: int = 2,

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from ..passes.errors import OptionError
 from .layers import check_tokens, linear
 
-CELLS: dict[str, type[nn.RNNBase]] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+CELLS: dict[str, Callable[..., nn.RNNBase]] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 """The recurrent layers by name."""
 
 
 class RecurrentClassifier(nn.Module):
     """What `rnn_text`, `gru_text` and `lstm_text` build.
 
-    A token's vector goes through the recurrent layer, and the mean of its outputs over the text's tokens, its padding
-    left out, through a linear layer. Padding behind the text changes nothing: no output of the text has seen it.
+    Tokens' vectors go through the recurrent layer, and its last output through a linear layer. Padding stands in front
+    of a text: its vector is zero and the recurrent layer has no biases, so that the state is exactly zero until the
+    text begins, and padding changes nothing. Forward-only training gains by it that all texts end at the same step:
+    with padding behind them, and the mean of their outputs, `rnn_text` was at 0.47 on the surnames after eight epochs
+    in place of 0.61 (``"auto"``; by backpropagation at 0.61 and 0.62).
     """
 
     def __init__(self, cell: str, *, num_classes: int, num_tokens: int, width: int, hidden: int, layers: int) -> None:
@@ -35,14 +40,14 @@ class RecurrentClassifier(nn.Module):
         Raises:
             BatchError: `tokens` are not whole numbers of that shape, or `length` is 0.
         """
-        check_tokens(type(self.recurrent).__name__, tokens)
+        check_tokens(f"a {type(self.recurrent).__name__}", tokens)
         states, _ = self.recurrent(self.embed(tokens))
         logits: Tensor = self.head(states[:, -1])
         return logits
 
 
 def rnn_text(
-    num_classes: int = 10, num_tokens: int = 64, width: int = 32, hidden: int = 64, layers: int = 1
+    num_classes: int = 10, num_tokens: int = 64, width: int = 32, hidden: int = 32, layers: int = 1
 ) -> RecurrentClassifier:
     """A text classifier of tanh units (Elman 1990), with the arguments and results of `gru_text`."""
     return RecurrentClassifier(
@@ -51,13 +56,13 @@ def rnn_text(
 
 
 def gru_text(
-    num_classes: int = 10, num_tokens: int = 64, width: int = 32, hidden: int = 64, layers: int = 1
+    num_classes: int = 10, num_tokens: int = 64, width: int = 32, hidden: int = 32, layers: int = 1
 ) -> RecurrentClassifier:
     """A text classifier of gated recurrent units (Cho et al. 2014, arXiv 1406.1078).
 
     Args:
         num_classes: Outputs.
-        num_tokens: Size of the vocabulary. Token 0 is padding, behind a text, and changes nothing.
+        num_tokens: Size of the vocabulary. Token 0 is padding, in front of a text, and changes nothing.
         width: Features of a token.
         hidden: Features of a state.
         layers: Recurrent layers.
@@ -75,7 +80,7 @@ def gru_text(
 
 
 def lstm_text(
-    num_classes: int = 10, num_tokens: int = 64, width: int = 32, hidden: int = 64, layers: int = 1
+    num_classes: int = 10, num_tokens: int = 64, width: int = 32, hidden: int = 32, layers: int = 1
 ) -> RecurrentClassifier:
     """A text classifier of long short-term memory (Hochreiter & Schmidhuber 1997), with all of `gru_text`'s."""
     return RecurrentClassifier(

@@ -113,9 +113,9 @@ def build(name: str, **options: object) -> nn.Module:
 def build_for(name: str, dataset: DatasetInfo, **options: object) -> nn.Module:
     """Build a model that fits a data set.
 
-    Those of the parameters `num_classes`, `in_features`, `in_channels`, `image_size`, `num_tokens` and `length` that the
-    factory's signature names come from `dataset`: `in_channels` and `image_size` only if its inputs are images, of shape
-    ``(channels, height, width)``, the last two only if they are tokens, of shape ``(length,)``.
+    Those of the parameters `num_classes`, `in_features`, `in_channels`, `image_size`, `num_tokens` and `length` that
+    the factory's signature names come from `dataset`: `in_channels` and `image_size` only if its inputs are images, of
+    shape ``(channels, height, width)``, the last two only if they are tokens, of shape ``(length,)``.
 
     Args:
         name: As for `build`.

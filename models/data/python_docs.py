@@ -58,8 +58,8 @@ def load_python_docs(seed: int, root: Path | None) -> Dataset:
 def topics() -> list[str]:
     """The texts of ``help()``'s topics, in the order of their names, white space as single spaces.
 
-    Many topics repeat parts of others: a paragraph stays where it comes first, so that none is in two. Python's versions
-    differ in these texts, as in what they describe.
+    Many topics repeat parts of others: a paragraph stays where it comes first, so that none is in two. Python's
+    versions differ in these texts, as in what they describe.
     """
     from pydoc_data.topics import topics as originals
 

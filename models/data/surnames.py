@@ -52,8 +52,8 @@ def load_surnames(seed: int, root: Path | None) -> Dataset:
         length=LENGTH,
         num_classes=len(LOCALES),
         source=f"{len(texts):,} last names of {len(LOCALES)} languages that the package faker invents people with "
-        f"(its locales {', '.join(locale for locale, _ in LOCALES.values())}), names of several of these languages left "
-        f"out, split 80/20 within each language with seed {seed}.",
+        f"(its locales {', '.join(locale for locale, _ in LOCALES.values())}), names of several of these languages "
+        f"left out, split 80/20 within each language with seed {seed}.",
     )
 
 
@@ -66,10 +66,12 @@ def surnames() -> list[list[str]]:
     """
     listed = [_listed(*place) for place in LOCALES.values()]
     languages = Counter(name for names in listed for name in names)
-    own = [
-        {name for name in names if languages[name] == 1 and name.isalpha() and len(name) <= LENGTH} for names in listed
-    ]
-    return [sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[:OF_A_LANGUAGE] for names in own]
+    kept = {name for name, lists in languages.items() if lists == 1 and name.isalpha() and len(name) <= LENGTH}
+    return [sorted(names & kept, key=_digest)[:OF_A_LANGUAGE] for names in listed]
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
 
 
 def _listed(locale: str, attribute: str) -> set[str]:

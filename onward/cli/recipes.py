@@ -34,10 +34,10 @@ RECIPES: dict[str, Recipe] = {
     "vgg8": Recipe(15, 32, 1e-3, "adam"),
     "quantised_cnn": Recipe(20, 32, 2e-3, "adam"),
     "vit": Recipe(20, 32, 1e-3, "adam"),
-    "rnn_text": Recipe(20, 32, 2e-3, "adam"),
-    "gru_text": Recipe(20, 32, 2e-3, "adam"),
-    "lstm_text": Recipe(20, 32, 2e-3, "adam"),
-    "gpt": Recipe(4, 32, 3e-3, "adam"),
+    "rnn_text": Recipe(10, 32, 3e-3, "adam"),
+    "gru_text": Recipe(10, 32, 3e-3, "adam"),
+    "lstm_text": Recipe(10, 32, 3e-3, "adam"),
+    "gpt": Recipe(3, 32, 3e-3, "adam"),
 }
 
 OWN_MODEL = Recipe(15, 32, 2e-3, "adam")
