@@ -21,7 +21,6 @@ from onward.models.data.hub import HUB_SOURCES, HubSource, split_to_tensors
 from onward.models.data.images import images_to_tensor
 from onward.passes.errors import DataError, OptionError, UnknownNameError
 
-
 TEXTS = {"surnames", "python-docs", "ag-news"}
 """Tested in test_text.py."""
 

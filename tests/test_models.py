@@ -160,6 +160,7 @@ def test_a_norm_follows_every_convolution(factory: Any) -> None:
         assert all(module.bias is None for module in convolutions)
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.recurrent._flat_weights")  # torch, of its own layers
 @with_case_and_norm
 @pytest.mark.parametrize("training", [False, True])
 def test_exports_with_any_batch_size(case: Case, norm: str, training: bool) -> None:
