@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import onward
+from onward.evidence.fitting import check_classifies
 from onward.models import Dataset, build, build_for, load
 from onward.models.data import ag_news
 from onward.models.data.python_docs import LENGTH, next_token_loss, topics
@@ -170,6 +171,7 @@ def test_python_docs_predict_the_next_character(python_docs: Dataset) -> None:
         assert float((targets == UNKNOWN).float().mean()) < 0.02
     assert len(python_docs.train) > 3 * len(python_docs.test) > 3000
     model = build_for("gpt", python_docs, width=8, depth=1)
+    check_classifies(model, python_docs)
     inputs, targets = (tensor[:5] for tensor in python_docs.test.tensors)
     losses = python_docs.loss(model(inputs), targets)
     assert python_docs.loss is next_token_loss

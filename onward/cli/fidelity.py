@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -237,7 +236,7 @@ def _prepared(name: str, common: Common, setup: Setup, options: tuple[str, ...],
     if measuring.after:
         recipe = setup.recipe
         training = Training(measuring.after, recipe.batch_size, recipe.lr, recipe.optimizer)
-        judge = Backpropagation(built, F.cross_entropy, common.seed)
+        judge = Backpropagation(built, setup.dataset.loss, common.seed)
         trainer = Trainer(judge, make_optimizer(built, training), progress=False)
         trainer.fit(loaders(setup.dataset, recipe.batch_size, common.seed)[0], measuring.after)
     return built
@@ -246,7 +245,7 @@ def _prepared(name: str, common: Common, setup: Setup, options: tuple[str, ...],
 def _measure(model: nn.Module, case: Case, setup: Setup, measuring: Measuring, bar: Progress) -> Fidelity:
     title = fidelity_report.label(case.settings) or "measuring"
     program = compile_program(
-        model, setup.example, loss=F.cross_entropy, estimator=case.estimator, seed=case.common.seed
+        model, setup.example, loss=setup.dataset.loss, estimator=case.estimator, seed=case.common.seed
     )
     task = bar.add_task(title, total=None)
 
@@ -277,7 +276,7 @@ def _train(measured: Measured, name: str, case: Case, setup: Setup, measuring: M
             program = compile_program(
                 built.to(setup.example.device),
                 setup.dataset.train.tensors[0][: recipe.batch_size],
-                loss=F.cross_entropy,
+                loss=setup.dataset.loss,
                 estimator=case.estimator,
                 seed=seed,
             )
