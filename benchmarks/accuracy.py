@@ -18,7 +18,6 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
@@ -54,6 +53,8 @@ CASES: dict[str, Case] = {
     "resnet9-mnist": Case("resnet9", "mnist5k", options={"width": 8}, epochs=6),
     "resnet18": Case("resnet18", options={"width": 8}),
     **{name: Case(name) for name in TWINS if name not in ("sign_mlp", "quantised_cnn")},
+    **{model: Case(model, "surnames") for model in ("rnn_text", "gru_text", "lstm_text")},
+    "gpt": Case("gpt", "python-docs"),
 }
 """The cases by name."""
 
@@ -127,15 +128,15 @@ def train(name: str, row: str, seed: int, epochs: int | None = None, lr: float |
     twin = TWINS.get(case.model, {}) if make is None else {}
     net = models.build_for(case.model, dataset, **{**case.options, **twin})
     if make is None:
-        outcome: Outcome = run(Backpropagation(net, F.cross_entropy, seed), dataset, training, progress=False)
+        outcome: Outcome = run(Backpropagation(net, dataset.loss, seed), dataset, training, progress=False)
     else:
         example = dataset.train.tensors[0][: training.batch_size]
         estimator = recipe_for(case.model).estimator if row == "auto" else make()
-        program = compile_program(net, (example,), loss=F.cross_entropy, estimator=estimator, seed=seed)
+        program = compile_program(net, (example,), loss=dataset.loss, estimator=estimator, seed=seed)
         if row in BUDGETS:
             images, target = (tensor[:128] for tensor in dataset.train.tensors)
             found = program.calibrate(images, target, budget=BUDGETS[row], batch_size=training.batch_size)
-            program = compile_program(net, (example,), loss=F.cross_entropy, estimator=found, seed=seed)
+            program = compile_program(net, (example,), loss=dataset.loss, estimator=found, seed=seed)
         outcome = run(program, dataset, training, progress=False)
     perturbed = outcome.forwards_per_sample_and_step - 1
     return Result(name, row, seed, outcome.test_accuracy, perturbed, outcome.seconds)

@@ -30,7 +30,8 @@ def check_classifies(model: nn.Module, dataset: Dataset) -> None:
     if not isinstance(output, Tensor) or output.shape[:1] != (len(inputs),):
         shown = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise OptionError(f"{name} returns {shown} for {len(inputs)} samples; a tensor with a row a sample is needed.")
-    if output.dim() < 2 or output.shape[1] < dataset.num_classes or not torch.is_floating_point(output):
+    classes = 0 if output.dim() < 2 else max(output.shape[1], output.shape[-1])  # as `accuracy` finds them
+    if classes < dataset.num_classes or not torch.is_floating_point(output):
         raise OptionError(
             f"{name} returns {tuple(output.shape)} of {str(output.dtype).removeprefix('torch.')} for {len(inputs)} "
             f"samples; {dataset.name!r} has {dataset.num_classes} classes and needs that many floating-point numbers."

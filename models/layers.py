@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..passes.errors import OptionError, unknown_name
+from ..passes.errors import BatchError, OptionError, unknown_name
 
 RELU_GAIN = math.sqrt(2.0)
 
@@ -157,3 +157,13 @@ def convolution(
         return nn.Sequential(OrderedDict(conv=layer, norm=following))
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def check_tokens(model: str, tokens: Tensor) -> None:
+    """Raises BatchError unless `tokens` are whole numbers ``(batch, length)``, `length` at least 1."""
+    whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+    if not whole or tokens.dim() != 2 or tokens.shape[1] == 0:
+        raise BatchError(
+            f"{model} reads tokens, whole numbers of shape (batch, length) with a length of at least 1, not "
+            f"{str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}."
+        )

@@ -14,9 +14,11 @@ from torch import nn
 
 from ..passes.errors import OptionError, unknown_name
 from .binarised import binarised_cnn, binarised_mlp
+from .gpt import gpt
 from .integer import integer_cnn, integer_mlp
 from .mlp import mlp, sign_mlp
 from .quantised import quantised_cnn
+from .recurrent import gru_text, lstm_text, rnn_text
 from .resnet import resnet5, resnet9, resnet18
 from .spiking import spiking_cnn, spiking_mlp
 from .vgg import vgg8
@@ -37,6 +39,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "binarised_cnn": binarised_cnn,
     "integer_mlp": integer_mlp,
     "integer_cnn": integer_cnn,
+    "rnn_text": rnn_text,
+    "gru_text": gru_text,
+    "lstm_text": lstm_text,
+    "gpt": gpt,
 }
 
 _STRAIGHT: Mapping[str, object] = {"straight_through": True}
@@ -61,11 +67,15 @@ class DatasetInfo(Protocol):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input; of an image ``(channels, height, width)``."""
+        """Shape of one input; of an image ``(channels, height, width)``, of a text ``(length,)``."""
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Size of the vocabulary of inputs that are tokens; 0 where they are not."""
 
 
 def find_factory(name: str) -> Callable[..., nn.Module]:
@@ -153,8 +163,9 @@ def build(name: str, **options: object) -> nn.Module:
 def build_for(name: str, dataset: DatasetInfo, **options: object) -> nn.Module:
     """Build a model that fits a data set.
 
-    Those of the parameters `num_classes`, `in_features`, `in_channels` and `image_size` that the factory's signature
-    names come from `dataset`, the last two only if its inputs are images, of shape ``(channels, height, width)``.
+    Those of the parameters `num_classes`, `in_features`, `in_channels`, `image_size`, `num_tokens` and `length` that
+    the factory's signature names come from `dataset`: `in_channels` and `image_size` only if its inputs are images, of
+    shape ``(channels, height, width)``, the last two only if they are tokens, of shape ``(length,)``.
 
     Args:
         name: As for `build`.
@@ -169,6 +180,8 @@ def build_for(name: str, dataset: DatasetInfo, **options: object) -> nn.Module:
     facts: dict[str, object] = {"num_classes": dataset.num_classes, "in_features": math.prod(shape)}
     if len(shape) == 3:
         facts |= {"in_channels": shape[0], "image_size": shape[1]}
+    if dataset.num_tokens:
+        facts |= {"num_tokens": dataset.num_tokens, "length": shape[0]}
     signature = find_signature(name)
     parameters = set(signature.parameters) if signature is not None else set()
     if "image_size" in parameters - set(options) and len(shape) == 3 and shape[1] != shape[2]:

@@ -5,61 +5,17 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..passes.errors import OptionError
-from .layers import ACTIVATIONS, linear
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention over the tokens of a sample (Vaswani et al. 2017, arXiv 1706.03762).
-
-    The output projection has `gain`.
-    """
-
-    def __init__(self, width: int, heads: int, *, gain: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = linear(width, 3 * width, gain=1.0)
-        self.out = linear(width, width, gain=gain)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """From and to ``(batch, tokens, width)``."""
-        split = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = split.unbind(0)  # each (batch, heads, tokens, width / heads)
-        output: Tensor = self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
-        return output
-
-
-class Block(nn.Module):
-    """A pre-norm block: ``x + attention(norm1(x))``, then ``x + fc2(gelu(fc1(norm2(x))))``.
-
-    What both sums add has `gain`.
-    """
-
-    def __init__(self, width: int, heads: int, hidden: int, *, gain: float) -> None:
-        super().__init__()
-        _, gelu_gain = ACTIVATIONS["gelu"]
-        self.norm1 = nn.LayerNorm(width)
-        self.attention = SelfAttention(width, heads, gain=gain)
-        self.norm2 = nn.LayerNorm(width)
-        self.fc1 = linear(width, hidden, gain=1.0)
-        self.act = nn.GELU()
-        self.fc2 = linear(hidden, width, gain=gelu_gain * gain)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """From and to ``(batch, tokens, width)``."""
-        tokens = tokens + self.attention(self.norm1(tokens))
-        branch: Tensor = self.fc2(self.act(self.fc1(self.norm2(tokens))))
-        return tokens + branch
+from .layers import linear
+from .transformer import Block, check_heads, residual_gain
 
 
 class VisionTransformer(nn.Module):
     """What `vit` builds, from images of ``side * patch`` pixels a side.
 
-    Each block adds two terms to the tokens. Their gain is ``1 / sqrt(2 * depth)`` (Radford et al. 2019, GPT-2), so that
-    all of them together add about as much variance as the embedding has.
+    The gain of what blocks add is that of `residual_gain`.
     """
 
     def __init__(
@@ -79,7 +35,7 @@ class VisionTransformer(nn.Module):
         nn.init.normal_(self.embed.weight, std=1 / math.sqrt(in_channels * patch**2))
         # The usual 0.02 hides where a patch was for many steps: digits ended at 0.93 with it, and at 0.98 with this.
         self.position = nn.Parameter(torch.empty(1, side**2, width).normal_(std=0.3))
-        gain = 1 / math.sqrt(2 * max(depth, 1))
+        gain = residual_gain(depth)
         self.blocks = nn.Sequential(*(Block(width, heads, hidden, gain=gain) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = linear(width, num_classes, gain=1.0)
@@ -133,8 +89,7 @@ def vit(
             )
     if patch < 1 or image_size % patch:
         raise OptionError(f"vit: patch must divide image_size, but patch={patch} and image_size={image_size}.")
-    if heads < 1 or width % heads:
-        raise OptionError(f"vit: heads must divide width, but heads={heads} and width={width}.")
+    check_heads("vit", width, heads)
     return VisionTransformer(
         num_classes=num_classes,
         in_channels=in_channels,

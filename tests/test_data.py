@@ -22,6 +22,9 @@ from onward.models.data.hub import HUB_SOURCES, HubSource, split_to_tensors
 from onward.models.data.images import images_to_tensor
 from onward.passes.errors import DataError, OptionError, UnknownNameError
 
+TEXTS = {"surnames", "python-docs", "ag-news"}
+"""Tested in test_text.py."""
+
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
@@ -165,7 +168,8 @@ def test_a_constant_channel_divides_by_one(constant: float) -> None:
 def test_unknown_data_sets_show_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown data set 'fashion_mnist'. Did you mean 'fashion-mnist'\?"):
         load("fashion_mnist")
-    assert set(DATASETS) == {"digits", "mnist5k", "linear", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet"}
+    hub = {"fashion-mnist", "cifar10", "cifar100", "tiny-imagenet"}
+    assert set(DATASETS) == {"digits", "mnist5k", "linear", *hub, *TEXTS}
 
 
 def pil_images(mode: str, num: int, size: tuple[int, int]) -> tuple[np.ndarray[Any, Any], list[Image.Image]]:

@@ -34,7 +34,7 @@ from onward.models import (
     vit,
 )
 from onward.models.layers import ACTIVATIONS, NORMS, Quantise, Sign
-from onward.models.vit import SelfAttention
+from onward.models.transformer import SelfAttention
 from onward.passes.errors import OptionError, UnknownNameError
 
 
@@ -48,6 +48,14 @@ class Case:
     num_classes: int
     num_weight_layers: int
     num_parameters: int
+    num_tokens: int = 0
+    """Of inputs that are tokens."""
+
+    def batch(self, size: int) -> torch.Tensor:
+        """Random inputs."""
+        if self.num_tokens:
+            return torch.randint(0, self.num_tokens, (size, *self.input_shape))
+        return torch.randn(size, *self.input_shape)
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3) -> int:
@@ -120,6 +128,28 @@ CASES = [
         6,
         48 * 8 + 49 * 8 + block(8, 24) + 2 * 8 + fc(8, 3),
     ),
+    Case("rnn_text", {"num_tokens": 9}, (5,), 10, 1, 9 * 32 + 2 * 32 * 32 + fc(32, 10), 9),
+    *(
+        Case(
+            name,
+            {"num_tokens": 9, "num_classes": 3, "width": 4, "hidden": 6, "layers": 2},
+            (5,),
+            3,
+            1,
+            9 * 4 + gates * (4 * 6 + 3 * 6 * 6) + fc(6, 3),
+            9,
+        )
+        for name, gates in (("rnn_text", 1), ("gru_text", 3), ("lstm_text", 4))
+    ),
+    Case(
+        "gpt",
+        {"num_tokens": 9, "length": 5, "width": 8, "depth": 1},
+        (5,),
+        9,
+        5,
+        9 * 8 + 5 * 8 + block(8, 16) + 2 * 8 + fc(8, 9),
+        9,
+    ),
 ]
 WEIGHT_LAYERS = (nn.Linear, nn.Conv2d)
 with_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{len(case.options)}")
@@ -142,8 +172,8 @@ def build_case(case: Case, norm: str) -> nn.Module:
 
 @with_case_and_norm
 def test_logits_have_one_row_a_sample(case: Case, norm: str) -> None:
-    logits = build_case(case, norm)(torch.randn(6, *case.input_shape))
-    assert logits.shape == (6, case.num_classes)
+    logits = build_case(case, norm)(case.batch(6))
+    assert logits.shape == (6, *(case.input_shape if case.name == "gpt" else ()), case.num_classes)
     assert logits.dtype == torch.float32
     assert logits.isfinite().all()
 
@@ -164,11 +194,12 @@ def test_a_norm_follows_every_convolution(factory: Any) -> None:
         assert all(module.bias is None for module in convolutions)
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.recurrent._flat_weights")  # torch, of its own layers
 @with_case_and_norm
 @pytest.mark.parametrize("training", [False, True])
 def test_exports_with_any_batch_size(case: Case, norm: str, training: bool) -> None:
     model = build_case(case, norm).train(training)
-    batch = torch.randn(5, *case.input_shape)
+    batch = case.batch(5)
     program = torch.export.export(model, (batch[:4],), dynamic_shapes=({0: torch.export.Dim("batch")},))
     exported = program.module()
     with torch.no_grad():
@@ -390,7 +421,7 @@ def test_initialisation_and_forward_are_deterministic(case: Case) -> None:
         model = build(case.name, **case.options)
         return model(batch)
 
-    batch = torch.randn(4, *case.input_shape)
+    batch = case.batch(4)
     first = run()
     torch.rand(7)
     assert torch.equal(run(), first)
@@ -439,6 +470,10 @@ def test_learns_digits_by_backpropagation(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_build_for_fits_the_data_set(name: str) -> None:
+    if "num_tokens" in inspect.signature(MODELS[name]).parameters:
+        model, text = build_for(name, Info((7,), 3, num_tokens=5)), torch.randint(0, 5, (2, 7))
+        assert model(text).shape == ((2, 7, 5) if name == "gpt" else (2, 3))
+        return
     dataset = load("digits")
     model = build_for(name, dataset)
     assert model(dataset.test.tensors[0][:2]).shape == (2, 10)
@@ -462,6 +497,7 @@ def test_a_twin_has_the_models_weights_and_forward_and_leaves_random_numbers_alo
 class Info:
     input_shape: tuple[int, ...]
     num_classes: int
+    num_tokens: int = 0
 
 
 def test_build_for_passes_only_what_the_factory_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,13 +27,13 @@ class Backpropagation:
     def step(self, inputs: Any, target: Any, /) -> Tensor:
         """Add the gradient of the mean loss to every ``.grad``."""
         args, kwargs = as_call(inputs)
-        loss = self.loss(self.model(*args, **kwargs), target)
+        loss = self.loss(self.model(*args, **kwargs), target).mean()  # of one number a sample, or of the mean itself
         loss.backward()
         self.clean_forwards += batch_size(inputs, target)
         return loss.detach()
 
     def per_sample_loss(self, output: Any, target: Any, /) -> Tensor:
-        """The mean loss of the batch."""
+        """What the loss returns: one number a sample, or the mean of the batch."""
         return self.loss(output, target)
 
     def trust(self) -> dict[str, float]:

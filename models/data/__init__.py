@@ -9,14 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...passes.errors import unknown_name
+from .ag_news import load_ag_news
 from .bundled import load_digits, load_linear, load_mnist5k
 from .dataset import Dataset, loaders
 from .hub import HUB_SOURCES, hub_loader
+from .python_docs import load_python_docs
+from .surnames import load_surnames
 
 DATASETS: dict[str, Callable[[int, Path | None], Dataset]] = {
     "digits": load_digits,
     "mnist5k": load_mnist5k,
     "linear": load_linear,
+    "surnames": load_surnames,
+    "python-docs": load_python_docs,
+    "ag-news": load_ag_news,
     **{name: hub_loader(name) for name in HUB_SOURCES},
 }
 """Each data set's loader, given the seed of the split and the folder of the cache."""
@@ -26,11 +32,13 @@ def load(name: str, *, seed: int = 0, root: str | Path | None = None) -> Dataset
     """Load a data set by name.
 
     Args:
-        name: "digits"; "linear", synthetic; with ``pip install onward[mnist]`` "mnist5k"; or with ``pip install
-            onward[data]`` "fashion-mnist", "cifar10", "cifar100" or "tiny-imagenet", which takes 5 GB of memory, and 12
-            while it is loaded.
-        seed: Chooses the split of a data set that comes without one (digits, mnist5k), and all of linear. It is *not*
-            the seed of a training run: leave it alone, and all runs are tested on the same samples.
+        name: "digits"; "linear", synthetic; "python-docs", characters of Python's own documentation; with ``pip install
+            onward[mnist]`` "mnist5k"; with ``pip install onward[text]`` "surnames"; or with ``pip install
+            onward[data]`` "fashion-mnist", "cifar10", "cifar100", "ag-news" or "tiny-imagenet", which takes 5 GB of
+            memory, and 12 while it is loaded.
+        seed: Chooses the split of a data set that comes without one (digits, mnist5k, surnames, python-docs), and all
+            of linear. It is *not* the seed of a training run: leave it alone, and all runs are tested on the same
+            samples.
         root: Folder of the downloads; by default that of Hugging Face, which HF_HOME moves.
 
     Raises:

@@ -107,11 +107,7 @@ def split_by_class(name: str, inputs: Tensor, targets: Tensor, seed: int, *, num
         num_classes: Number of classes.
         about: What the data are, for `Dataset.source`.
     """
-    # Imported here: scikit-learn takes a second to import, and nothing else needs it.
-    from sklearn.model_selection import train_test_split
-
-    rows = np.arange(len(targets))
-    train, test = train_test_split(rows, test_size=0.2, stratify=targets.numpy(), random_state=seed)
+    train, test = stratified_rows(targets, seed)
     return make_dataset(
         name,
         (inputs[train], targets[train]),
@@ -119,6 +115,24 @@ def split_by_class(name: str, inputs: Tensor, targets: Tensor, seed: int, *, num
         num_classes=num_classes,
         source=f"{about}, split 80/20 within each class with seed {seed}.",
     )
+
+
+def stratified_rows(targets: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """The numbers of the samples for training, and of the fifth of each class for testing, drawn by `seed`.
+
+    Args:
+        targets: int64 ``(n,)``.
+        seed: Of the split.
+
+    Returns:
+        Both int64, together ``0 … n - 1``, in random order.
+    """
+    # Imported here: scikit-learn takes a second to import, and nothing else needs it.
+    from sklearn.model_selection import train_test_split
+
+    rows = np.arange(len(targets))
+    train, test = train_test_split(rows, test_size=0.2, stratify=targets.numpy(), random_state=seed)
+    return torch.from_numpy(train), torch.from_numpy(test)
 
 
 def loaders(dataset: Dataset, batch_size: int, seed: int, augment: str = "none") -> tuple[TensorBatches, TensorBatches]:

@@ -64,31 +64,51 @@ def split_to_tensors(split: Any, image: str, label: str, mode: str = "RGB") -> t
     Raises:
         DataError: The column `image` or `label` is missing, or the images are not as `images_to_tensor` needs them.
     """
-    for column in (image, label):
-        if column not in split.column_names:
-            raise DataError(f"the data set has no column {column!r}; it has {', '.join(split.column_names)}.")
+    check_columns(split, image, label)
     images = images_to_tensor(picture.convert(mode) for picture in split[image])
     return images, torch.tensor(list(split[label]), dtype=torch.int64)
 
 
-def load_hub(name: str, source: HubSource, root: Path | None) -> Dataset:
-    """Load `source` with the library `datasets`, cached under `root` if that is given."""
+def load_splits(name: str, path: str, root: Path | None, *, twin: str) -> Any:
+    """The splits of the hub's data set at `path`, with the library `datasets`, cached under `root` if that is given.
+
+    Args:
+        name: Its name in `DATASETS`, for errors.
+        path: Name on the hub, or a local folder of Parquet files.
+        root: Folder of the cache.
+        twin: The data set that errors name, which needs no network.
+
+    Raises:
+        DataError: The library cannot be imported, or the data set not be loaded.
+    """
     try:
         import PIL  # noqa: F401  # The library decodes images with Pillow but does not require it.
         from datasets import load_dataset
     except ImportError as error:
         raise DataError(
             f"data set {name!r} needs the libraries 'datasets' and 'pillow', which cannot be imported ({error}). "
-            "Install them with: pip install 'onward[data]'. The data set 'digits' does not need them."
+            f"Install them with: pip install 'onward[data]'. The data set {twin!r} does not need them."
         ) from error
     try:
-        splits = load_dataset(source.path, cache_dir=None if root is None else str(root))
+        return load_dataset(path, cache_dir=None if root is None else str(root))
     except Exception as error:  # The library lets through those of its HTTP client, of the file system and its own.
         raise DataError(
-            f"data set {name!r} ({source.path}) could not be loaded: {type(error).__name__}: {error}. Without a "
+            f"data set {name!r} ({path}) could not be loaded: {type(error).__name__}: {error}. Without a "
             "network it must be in the cache: load it once where there is one, point HF_HOME to that cache (or give "
-            "its folder as root), and set HF_DATASETS_OFFLINE=1. The data set 'digits' needs no network."
+            f"its folder as root), and set HF_DATASETS_OFFLINE=1. The data set {twin!r} needs no network."
         ) from error
+
+
+def check_columns(split: Any, *columns: str) -> None:
+    """Raises DataError unless a split of a `datasets.Dataset` has these columns."""
+    for column in columns:
+        if column not in split.column_names:
+            raise DataError(f"the data set has no column {column!r}; it has {', '.join(split.column_names)}.")
+
+
+def load_hub(name: str, source: HubSource, root: Path | None) -> Dataset:
+    """Load `source` with the library `datasets`, cached under `root` if that is given."""
+    splits = load_splits(name, source.path, root, twin="digits")
     for split in ("train", source.test):
         if split not in splits:
             raise DataError(f"data set {name!r} ({source.path}) has no split {split!r}; it has {', '.join(splits)}.")
@@ -105,6 +125,3 @@ def load_hub(name: str, source: HubSource, root: Path | None) -> Dataset:
 def hub_loader(name: str) -> Callable[[int, Path | None], Dataset]:
     """The loader of the hub's data set `name`. It has splits of its own, so the seed is not used."""
     return lambda seed, root: load_hub(name, HUB_SOURCES[name], root)
-
-
-# Each data set's loader, given the seed of the split and the folder of the cache.

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -170,7 +169,7 @@ def _compare(
         setup.dataset,
         lambda: build_for(model, setup.dataset, **setup.recipe.model_options),
         make_with,
-        F.cross_entropy,
+        setup.dataset.loss,
         training.batch_size,
         training.lr,
     )

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -236,7 +235,7 @@ def _prepared(common: Common, setup: Setup, options: tuple[str, ...], measuring:
     check_classifies(built, setup.dataset)
     if measuring.after:
         training = setup.recipe.training
-        judge = Backpropagation(built, F.cross_entropy, common.seed)
+        judge = Backpropagation(built, setup.dataset.loss, common.seed)
         trainer = Trainer(judge, make_optimizer(built, training), progress=False)
         trainer.fit(loaders(setup.dataset, training.batch_size, common.seed)[0], measuring.after)
     return built
@@ -245,7 +244,7 @@ def _prepared(common: Common, setup: Setup, options: tuple[str, ...], measuring:
 def _measure(model: nn.Module, case: Case, setup: Setup, measuring: Measuring, bar: Progress) -> Fidelity:
     title = fidelity_report.label(case.settings) or "measuring"
     program = compile_program(
-        model, setup.example, loss=F.cross_entropy, estimator=case.estimator, seed=case.common.seed
+        model, setup.example, loss=setup.dataset.loss, estimator=case.estimator, seed=case.common.seed
     )
     task = bar.add_task(title, total=None)
 
@@ -280,7 +279,7 @@ def _train(measured: Measured, case: Case, setup: Setup, measuring: Measuring, b
             program = compile_program(
                 built.to(setup.example.device),
                 setup.dataset.train.tensors[0][: training.batch_size],
-                loss=F.cross_entropy,
+                loss=setup.dataset.loss,
                 estimator=case.estimator,
                 seed=seed,
             )

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.syntax import Syntax
@@ -164,7 +163,7 @@ def inspect(
         raise typer.Exit(1) from error
     if calibrates:
         inputs, target = (tensor[:CALIBRATION_SAMPLES] for tensor in setup.dataset.train.tensors)
-        calibration = Program(setup.model, compiled, F.cross_entropy, common.seed).calibrate(
+        calibration = Program(setup.model, compiled, setup.dataset.loss, common.seed).calibrate(
             inputs,
             target,
             budget=4.0 if budget is None else budget,

@@ -21,6 +21,13 @@ _PACKAGED = {
         "64 normal numbers, 10 classes by a linear teacher with label noise, 2,000 samples, synthetic",
         "nothing",
     ),
+    "surnames": ("last names of 10 languages that faker lists, letter by letter", escape("pip install 'onward[text]'")),
+    "python-docs": ("characters of Python's own documentation, for language models", "nothing"),
+}
+
+_FROM_HUB = {
+    **{name: source.about for name, source in HUB_SOURCES.items()},
+    "ag-news": "AG-News (Zhang et al. 2015, arXiv 1509.01626), words of 120,000 articles in 4 classes",
 }
 
 
@@ -45,8 +52,8 @@ def data() -> None:
     for heading in ("data set", "what", "needs"):
         table.add_column(heading)
     for name in DATASETS:
-        if name in HUB_SOURCES:
-            table.add_row(name, HUB_SOURCES[name].about, escape("pip install 'onward[data]', and a network once"))
+        if name in _FROM_HUB:
+            table.add_row(name, _FROM_HUB[name], escape("pip install 'onward[data]', and a network once"))
         else:
             table.add_row(name, *_PACKAGED[name])
     Console(highlight=False).print(table)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-
 from ..compiler.columns import table, wrapped
 from ..compiler.program import CompiledModel
 from ..passes.errors import OptionError
@@ -41,7 +39,7 @@ def record_schedule(setup: Setup, compiled: CompiledModel, workers: int | None, 
     """Record and schedule steps on a batch of the training data, of the size that the model is trained with."""
     inputs, target = (tensor[: len(setup.example)] for tensor in setup.dataset.train.tensors)
     chosen = WORKERS if workers is None else workers
-    return examine_schedule(setup.model, compiled, F.cross_entropy, inputs, target, workers=chosen, seed=seed)
+    return examine_schedule(setup.model, compiled, setup.dataset.loss, inputs, target, workers=chosen, seed=seed)
 
 
 def render_schedule(report: ScheduleReport, name: str, format_: str) -> str:

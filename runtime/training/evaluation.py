@@ -16,14 +16,23 @@ Metric: TypeAlias = Callable[[Any, Any], Tensor]
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Share of right answers of each sample, (N,): class scores (N, C, …) against class numbers (N, …)."""
-    if target.is_floating_point() or output.dim() < 2 or output.shape[:1] + output.shape[2:] != target.shape:
+    """Share of right answers of each sample, (N,): class scores against whole class numbers (N, …).
+
+    The scores are (N, C, …), as of torch's own losses, or else (N, …, C), as of a language model. Where both would do,
+    because there are as many classes as positions, they are taken for (N, C, …).
+    """
+    places = [dim for dim in (1, -1) if output.dim() > 1 and _without(output.shape, dim) == target.shape]
+    if target.is_floating_point() or not places:
         raise OptionError(
-            "the metric 'accuracy' compares class scores (N, C, …) with whole class numbers (N, …), not "
+            "the metric 'accuracy' compares class scores (N, C, …) or (N, …, C) with whole class numbers (N, …), not "
             f"{output.dtype} {list(output.shape)} with {target.dtype} {list(target.shape)}. "
             "Pass metrics=None or metrics={name: function}."
         )
-    return (output.argmax(1) == target).double().reshape(target.shape[0], -1).mean(1)
+    return (output.argmax(places[0]) == target).double().reshape(target.shape[0], -1).mean(1)
+
+
+def _without(shape: torch.Size, dim: int) -> torch.Size:
+    return torch.Size(size for place, size in enumerate(shape) if place != dim % len(shape))
 
 
 METRICS: dict[str, Metric] = {"accuracy": accuracy}
