@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..passes.errors import CaptureError, UnsupportedModelError
+from ..passes.errors import CaptureError, OptionError, UnsupportedModelError
 from ..passes.extend_reach import extend_reach
 from ..passes.find_sites import find_sites, sites
 from ..passes.graph import Role, placeholders
@@ -37,18 +37,25 @@ from .program import CompiledModel, PassRecord, binding_key
 from .segments import resolve_reach, resolve_segments
 from .site_options import check_separable, resolve_blocks, resolve_groups, resolve_noise_on
 from .verify import verify
+from .whole import capture_whole
 
 GraphPass = Callable[[fx.GraphModule], fx.GraphModule]
 
 
-def compile_model(model: nn.Module, example_inputs: Any, estimator: LikelihoodRatio) -> CompiledModel:
+def compile_model(
+    model: nn.Module, example_inputs: Any, estimator: LikelihoodRatio, *, unbatched: bool = False
+) -> CompiledModel:
     """Capture `model`, run the passes, and split the result into what runs.
+
+    With `unbatched` the example is one sample without a batch dimension (`whole`).
 
     Raises:
         CaptureError, UnsupportedModelError, UnreachedParameterError, BatchError, OptionError: see `passes.errors`.
     """
+    if unbatched and estimator.credit == "batch":
+        raise OptionError('unbatched=True: the batch is one sample, whose loss is the batch\'s: leave credit="sample".')
     started = time.perf_counter()
-    captured = capture(model, example_inputs)
+    captured = (capture_whole if unbatched else capture)(model, example_inputs)
     history = [PassRecord("capture", captured.module, time.perf_counter() - started)]
     _run_passes(history, [("key_random_operations", key_random_operations), ("locate_samples", locate_samples)])
     values = _example_values(history[-1].module, model, captured, example_inputs)
@@ -188,7 +195,7 @@ def _probe(
 def _example_values(
     module: fx.GraphModule, model: nn.Module, captured: CapturedModel, example_inputs: Any
 ) -> dict[fx.Node, Any]:
-    leaves = pytree.tree_leaves(as_call(example_inputs))
+    leaves = captured.signature.lead(pytree.tree_leaves(as_call(example_inputs)))
     values: dict[fx.Node, Any] = {}
     for node in placeholders(module):
         target = node.meta["target"]
