@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -52,6 +53,10 @@ CASES: dict[str, Case] = {
     "quantised_cnn": Case("quantised_cnn", twin=_STRAIGHT),
     "mlp-12": Case("mlp", options={"depth": 12}, epochs=20, lr=1e-3),
     "vit": Case("vit"),
+    "gcn": Case("gcn", "sbm"),
+    "gat": Case("gat", "sbm"),
+    "gcn-karate": Case("gcn", "karate"),
+    "gat-karate": Case("gat", "karate"),
     "mlp-mnist": Case("mlp", "mnist5k", epochs=15, lr=1e-3),
     "resnet5-mnist": Case("resnet5", "mnist5k", epochs=15, lr=3e-3),
     "resnet9-mnist": Case("resnet9", "mnist5k", options={"width": 8}, epochs=6),
@@ -131,14 +136,18 @@ def train(name: str, row: str, seed: int, epochs: int | None = None, lr: float |
     torch.manual_seed(seed)
     net = models.build_for(case.model, dataset, **case.options, **(case.twin if make is None else {}))
     if make is None:
-        outcome: Outcome = run(Backpropagation(net, F.cross_entropy, seed), dataset, training, progress=False)
+        outcome: Outcome = run(
+            Backpropagation(net, F.cross_entropy, seed, unbatched=dataset.unbatched), dataset, training, progress=False
+        )
     else:
-        example = dataset.train.tensors[0][: recipe.batch_size]
-        program = compile_program(net, (example,), loss=F.cross_entropy, estimator=make(), seed=seed)
+        example, _ = dataset.batch(recipe.batch_size)
+        compiled = partial(compile_program, net, example, loss=F.cross_entropy, unbatched=dataset.unbatched, seed=seed)
+        program = compiled(estimator=make())
         if row in BUDGETS:
-            images, target = (tensor[:128] for tensor in dataset.train.tensors)
-            found = program.calibrate(images, target, budget=BUDGETS[row], batch_size=recipe.batch_size)
-            program = compile_program(net, (example,), loss=F.cross_entropy, estimator=found, seed=seed)
+            inputs, target = dataset.batch(128)
+            program = compiled(
+                estimator=program.calibrate(inputs, target, budget=BUDGETS[row], batch_size=recipe.batch_size)
+            )
         outcome = run(program, dataset, training, progress=False)
     perturbed = outcome.forwards_per_sample_and_step - 1
     return Result(name, row, seed, outcome.test_accuracy, perturbed, outcome.seconds)

@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import nn
 
 from ..passes.errors import OptionError, unknown_name
+from .graph import gat, gcn
 from .mlp import mlp, sign_mlp
 from .quantised import quantised_cnn
 from .resnet import resnet5, resnet9
@@ -25,6 +26,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg8": vgg8,
     "quantised_cnn": quantised_cnn,
     "vit": vit,
+    "gcn": gcn,
+    "gat": gat,
 }
 
 

@@ -14,8 +14,8 @@ A value is *led* if it depends on an input: its first dimension is the samples',
 5. fresh tensors that only take their shape from a led one: a constant
 
 Declines (UnsupportedModelError with module and line): any other operation, and an index that depends on an input.
-`compiler.whole` runs both graphs and compares every value (by ``meta["alone"]``, its name in the graph of one sample), so
-that a rule that does not hold is an error too.
+`compiler.whole` runs both graphs and compares all values (``meta["alone"]`` is a value's name in the graph of one
+sample), so that a rule that does not hold is an error too.
 """
 
 from __future__ import annotations

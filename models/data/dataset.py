@@ -33,6 +33,8 @@ class Dataset:
             None where nothing was.
         std: What both were then divided by, of the same shape.
         loss: What is trained: ``(output, target)`` to one loss a sample.
+        edge_index: Of one whole graph its edges, int64 ``(2, edges)``; None where samples are independent. Both splits
+            then hold all nodes, and a node's target is -100 outside the split.
     """
 
     name: str
@@ -45,6 +47,20 @@ class Dataset:
     mean: Tensor | None = None
     std: Tensor | None = None
     loss: Callable[[Any, Any], Any] = F.cross_entropy
+    edge_index: Tensor | None = None
+
+    @property
+    def unbatched(self) -> bool:
+        """Whether it is one sample without a batch dimension: a whole graph."""
+        return self.edge_index is not None
+
+    def batch(self, size: int) -> tuple[Any, Tensor]:
+        """Inputs and target of the first training samples, of a graph the whole of it."""
+        if self.edge_index is None:
+            inputs, target = (tensor[:size] for tensor in self.train.tensors)
+            return inputs, target
+        x, target = self.train.tensors
+        return (x, self.edge_index), target
 
     @property
     def num_features(self) -> int:
@@ -119,12 +135,20 @@ def split_by_class(name: str, inputs: Tensor, targets: Tensor, seed: int, *, num
     )
 
 
-def loaders(dataset: Dataset, batch_size: int, seed: int) -> tuple[TensorBatches, TensorBatches]:
+Batches = TensorBatches | list[list[Tensor]]
+
+
+def loaders(dataset: Dataset, batch_size: int, seed: int) -> tuple[Batches, Batches]:
     """Training batches, shuffled by a generator of their own that starts at `seed`, and test batches in fixed order.
+
+    Of a whole graph both have one batch, ``[x, edge_index, target]``, whatever the other arguments.
 
     Raises:
         OptionError: `batch_size` is below 1.
     """
+    if (edges := dataset.edge_index) is not None:
+        x, known = dataset.train.tensors
+        return [[x, edges, known]], [[x, edges, dataset.test.tensors[1]]]
     generator = torch.Generator().manual_seed(seed)
     return (
         TensorBatches(dataset.train, batch_size, shuffle=True, generator=generator),

@@ -34,6 +34,8 @@ RECIPES: dict[str, Recipe] = {
     "vgg8": Recipe(15, 32, 1e-3, "adam"),
     "quantised_cnn": Recipe(20, 32, 2e-3, "adam"),
     "vit": Recipe(20, 32, 1e-3, "adam"),
+    "gcn": Recipe(200, 1, 1e-2, "adam"),
+    "gat": Recipe(200, 1, 5e-3, "adam"),
 }
 
 OWN_MODEL = Recipe(15, 32, 2e-3, "adam")

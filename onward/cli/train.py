@@ -178,6 +178,7 @@ def train(
         setup.example,
         loss=setup.dataset.loss,
         estimator=setup.estimator,
+        unbatched=setup.dataset.unbatched,
         seed=common.seed,
         workers=workers,
         streams=streams,
@@ -189,7 +190,7 @@ def train(
     outcome = run(program, setup.dataset, training, progress=not quiet, resume=resume, **trainer_options)
     reference: Outcome | None = None
     if compare_bp and not outcome.history.interrupted:
-        backpropagation = Backpropagation(start, setup.dataset.loss, common.seed)
+        backpropagation = Backpropagation(start, setup.dataset.loss, common.seed, unbatched=setup.dataset.unbatched)
         reference = run(backpropagation, setup.dataset, training, progress=not quiet)
     interrupted = outcome.history.interrupted or (reference is not None and reference.history.interrupted)
     if json_file is not None:
@@ -241,8 +242,8 @@ def run(
 
 def _announce(console: Console, model: str, common: Common, setup: Setup, training: Training) -> None:
     count = sum(parameter.numel() for parameter in setup.model.parameters() if parameter.requires_grad)
-    samples = len(setup.dataset.train)
-    console.print(f"[bold]{model}[/bold] on [bold]{common.data}[/bold]: {count:,} parameters, {samples:,} samples")
+    samples = f"{len(setup.dataset.train):,} {'nodes of one graph' if setup.dataset.unbatched else 'samples'}"
+    console.print(f"[bold]{model}[/bold] on [bold]{common.data}[/bold]: {count:,} parameters, {samples}")
     console.print(describe_estimator(settings_of(setup.estimator).to_json()), highlight=False)
     console.print(
         f"{training.optimizer}, learning rate {training.lr:g}, batches of {training.batch_size}, "

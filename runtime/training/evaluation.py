@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -16,14 +17,26 @@ Metric: TypeAlias = Callable[[Any, Any], Tensor]
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Share of right answers of each sample, (N,): class scores (N, C, …) against class numbers (N, …)."""
+    """Share of right answers of each sample, (N,): class scores (N, C, …) against class numbers (N, …).
+
+    Positions whose class is -100, the ``ignore_index`` of torch's cross-entropy, do not count, and samples without any
+    other are left out.
+    """
     if target.is_floating_point() or output.dim() < 2 or output.shape[:1] + output.shape[2:] != target.shape:
         raise OptionError(
             "the metric 'accuracy' compares class scores (N, C, …) with whole class numbers (N, …), not "
             f"{output.dtype} {list(output.shape)} with {target.dtype} {list(target.shape)}. "
             "Pass metrics=None or metrics={name: function}."
         )
-    return (output.argmax(1) == target).double().reshape(target.shape[0], -1).mean(1)
+    right = (output.argmax(1) == target).double().reshape(target.shape[0], -1)
+    counted = (target != IGNORED).reshape(right.shape)
+    if bool(counted.all()):
+        return right.mean(1)
+    kept = counted.any(1)
+    return (right.sum(1) / counted.sum(1))[kept]
+
+
+IGNORED = -100
 
 
 METRICS: dict[str, Metric] = {"accuracy": accuracy}
@@ -41,7 +54,7 @@ def evaluate(
     """
     modes = [(module, module.training) for module in model.modules()]
     sums: dict[str, float] = dict.fromkeys(("loss", *metrics), 0.0)
-    samples = 0
+    counts = dict.fromkeys(sums, 0)
     try:
         model.eval()
         with torch.no_grad():
@@ -49,13 +62,15 @@ def evaluate(
                 args, kwargs = as_call(inputs)
                 output = model(*args, **kwargs)
                 count = batch_size(inputs, target)
-                sums["loss"] += float(per_sample_loss(output, target).double().mean()) * count
-                for name, metric in metrics.items():
-                    sums[name] += float(torch.as_tensor(metric(output, target)).double().mean()) * count
-                samples += count
+                found = {"loss": per_sample_loss(output, target)}
+                found |= {name: torch.as_tensor(metric(output, target)) for name, metric in metrics.items()}
+                for name, value in found.items():
+                    of = len(value) if name != "loss" and value.dim() else count  # a metric may leave samples out
+                    sums[name] += float(value.double().mean()) * of if of else 0.0
+                    counts[name] += of
     finally:
         for module, mode in modes:
             module.training = mode
-    if samples == 0:
+    if counts["loss"] == 0:
         raise DataError("the loader to evaluate on gave no batch")
-    return {name: value / samples for name, value in sums.items()}
+    return {name: value / counts[name] if counts[name] else math.nan for name, value in sums.items()}
