@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..passes.errors import CaptureError, OptionError, UnsupportedModelError
 from ..passes.extend_reach import extend_reach
-from ..passes.find_sites import find_sites, sites
+from ..passes.find_sites import credit_rows, find_sites, sites
 from ..passes.graph import Role, placeholders
 from ..passes.infer_sign_domains import infer_sign_domains
 from ..passes.insert_captures import insert_captures
@@ -32,6 +32,7 @@ from .assembly import assemble, noise_points
 from .capture import CapturedModel, as_call, capture
 from .estimator import LikelihoodRatio
 from .feedback_size import resolve_rank
+from .node_reach import find_reach
 from .probe import probe_copies, probe_samples
 from .program import CompiledModel, PassRecord, binding_key
 from .segments import resolve_reach, resolve_segments
@@ -130,6 +131,11 @@ def _compile_located(
     vjps = {index: reuse_values(vjp) for index, vjp in vjps.items()} if reuses else vjps
     vjps |= weight_gradients(history[-1].module, noise=estimator.noise, score=estimator.score)
     history.append(PassRecord("trace_gradients", history[-1].module, time.perf_counter() - started))
+    reached = {}
+    if captured.signature.whole and rank is None:
+        reached = find_reach(history[-1].module, values, at_points if feedback else sites(history[-1].module))
+    if reached and not feedback:
+        _run_passes(history, [("credit_rows", partial(credit_rows, rows={i: len(r) for i, r in reached.items()}))])
     masks: list[tuple[str, GraphPass]] = [("mask_noise", mask_noise)]
     _run_passes(
         history,
@@ -158,6 +164,7 @@ def _compile_located(
         sequential,
         rank,
         reach,
+        reached,
     )
     verify(compiled)
     return compiled

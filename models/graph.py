@@ -39,8 +39,9 @@ class GraphConvolution(nn.Module):
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
         """From ``(nodes, in_features)`` to ``(nodes, out_features)``."""
         source, target = with_self_loops(edge_index, x.shape[0])
-        degree = torch.zeros(x.shape[0], device=x.device).index_add(0, target, torch.ones_like(target, dtype=x.dtype))
-        scale = degree[source].rsqrt() * degree[target].rsqrt()
+        one = torch.ones_like(target, dtype=x.dtype)
+        degree = x.new_zeros(x.shape[0]).index_add(0, target, one)
+        scale = (degree[source] * degree[target]).rsqrt()
         messages = self.lin(x).index_select(0, source) * scale[:, None]
         return messages.new_zeros(x.shape[0], messages.shape[1]).index_add(0, target, messages) + self.bias
 

@@ -328,8 +328,7 @@ class Program:
         return environment
 
     def _loss(self, target: Any, device: torch.device) -> Any:
-        """``(output leaves, copies, samples) -> (copies, samples)``, or ``(copies, 1)`` with batch credit; of a
-        perturbed part of the batch the samples are its first."""
+        """`StepInput.loss`; of a perturbed part of the batch the samples are its first."""
         spec = self.compiled.captured.out_spec
 
         def per_sample(leaves: list[Any], copies: int, samples: int) -> Tensor:
@@ -347,6 +346,12 @@ class Program:
             ]
             return torch.stack([self.loss(output, target, samples) for output in rows]).reshape(copies, 1).to(device)
 
+        def by_node(leaves: list[Any], copies: int, samples: int) -> Tensor:
+            assert isinstance(self.loss, WholeLoss)
+            return self.loss.of_nodes(pytree.tree_unflatten(leaves, spec), target).to(device)
+
+        if self.compiled.credits_nodes:
+            return by_node
         return per_sample if self._per_sample else batch
 
     def _warms_up(self) -> bool:
