@@ -79,28 +79,65 @@ def capture_whole(model: nn.Module, example_inputs: Any) -> CapturedModel:
 
 class _KnownValues(TorchFunctionMode):
     """Lets what depends on real tensors alone be computed while the rest is traced: the edges are real, so that a mask
-    over them, or the largest node's number, is a number and no symbol."""
+    over them, or the largest node's number, is a number and no symbol.
+
+    A fresh tensor (``torch.zeros``) is traced, since features may be written into it, and has a real twin for as long
+    as nothing but real values is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twins: dict[int, tuple[Tensor, Tensor]] = {}
+        """By identity, traced tensors with what they hold."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if func is torch.arange or (tensors and all(map(_is_real, tensors))):
-            with _disable_current_modes():
-                return func(*args, **kwargs)
+        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        known = all(_is_real(leaf) or id(leaf) in self.twins for leaf in leaves)
+        name = getattr(func, "__name__", "")
+        writes = func is Tensor.__setitem__ or (name.endswith("_") and not name.endswith("__"))
+        into_fresh = bool(leaves) and writes and id(leaves[0]) in self.twins
+        if (known and leaves and not into_fresh) or func is torch.arange:
+            return self._on_real(func, args, kwargs)
+        if into_fresh and known:
+            self._on_real(func, args, kwargs)
+        elif into_fresh:
+            del self.twins[id(leaves[0])]
         if func is Tensor.__getitem__ or func is Tensor.__setitem__:  # a mask has a known number of places
-            args = (args[0], pytree.tree_map(_places, args[1]), *args[2:])
-        return func(*args, **kwargs)
+            args = (args[0], self._places(args[1]), *args[2:])
+        result = func(*args, **kwargs)
+        if func in _FRESH:
+            self.twins[id(result)] = (result, self._on_real(func, args, kwargs))
+        return result
+
+    def _on_real(self, func: Any, args: Any, kwargs: Any) -> Any:
+        def real(leaf: Any) -> Any:
+            return self.twins[id(leaf)][1] if isinstance(leaf, Tensor) and id(leaf) in self.twins else leaf
+
+        args, kwargs = pytree.tree_map(real, (args, kwargs))
+        with _disable_current_modes():
+            return func(*args, **kwargs)
+
+    def _places(self, index: Any) -> Any:
+        """An index with the numbers of the places in the stead of a known mask."""
+        if isinstance(index, (tuple, list)):
+            found: list[Any] = []
+            for each in index:
+                places = self._places(each)
+                found.extend(places if isinstance(places, tuple) and isinstance(each, Tensor) else [places])
+            return tuple(found)
+        if not isinstance(index, Tensor) or index.dtype != torch.bool:
+            return index
+        if not _is_real(index) and id(index) not in self.twins:
+            return index
+        return self._on_real(lambda mask: mask.nonzero(as_tuple=True), (index,), {})
+
+
+_FRESH = (torch.zeros, torch.ones, torch.full, torch.tensor)
 
 
 def _is_real(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and not isinstance(tensor, FakeTensor) and not torch._is_functional_tensor(tensor)
-
-
-def _places(index: Any) -> Any:
-    if not isinstance(index, Tensor) or index.dtype != torch.bool or index.dim() != 1 or not _is_real(index):
-        return index
-    with _disable_current_modes():
-        return index.nonzero().squeeze(1)
 
 
 @contextmanager
@@ -131,6 +168,8 @@ class _Values(fx.Interpreter):
             args, _ = self.fetch_args_kwargs_from_env(n)
             like = args[0] if args and isinstance(args[0], Tensor) else None
             result = pytree.tree_map(lambda x: torch.full_like(x, 0.5) if like is None else like.to(x.dtype), result)
+        if "empty" in str(n.target):  # else whatever lay there
+            result = torch.zeros_like(result)
         self.results[n.meta.get("alone", n.name)] = result
         return result
 
