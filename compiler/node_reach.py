@@ -92,7 +92,8 @@ class _Run(fx.Interpreter):
 
     def reached(self, output: fx.Node) -> Tensor:
         """Bool ``(rows, nodes)``: which nodes' results are NaN."""
-        return self.results[output].isnan().flatten(2).any(2).cpu()
+        reached: Tensor = self.results[output].isnan().flatten(2).any(2).cpu()
+        return reached
 
 
 def _repeated(node: fx.Node, value: Any, times: int) -> Any:

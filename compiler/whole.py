@@ -238,7 +238,7 @@ def _folded(captured: CapturedModel) -> CapturedModel:
         read = any(user not in known or user in left for user in node.users)
         if node.op == "placeholder" or not read or not isinstance(value, Tensor):
             continue
-        if node.target == torch.ops.aten.expand.default and value.numel() > node.args[0].meta["val"].numel():
+        if node.target == torch.ops.aten.expand.default and value.numel() > known[node.all_input_nodes[0]].numel():
             left.add(node)
             continue
         name = f"folded.{node.name}"

@@ -70,7 +70,7 @@ class GraphAttention(nn.Module):
         scores = scores + torch.einsum("nhf,hf->nh", values, self.attend_target).index_select(0, target)
         weights = edge_softmax(F.leaky_relu(scores, 0.2), target, nodes)
         messages = values.index_select(0, source) * weights[:, :, None]
-        sums = messages.new_zeros(nodes, *messages.shape[1:]).index_add(0, target, messages)
+        sums: Tensor = messages.new_zeros(nodes, *messages.shape[1:]).index_add(0, target, messages)
         return sums.flatten(1) + self.bias
 
 
@@ -80,7 +80,8 @@ def edge_softmax(scores: Tensor, target: Tensor, nodes: int) -> Tensor:
     largest = scores.new_zeros(nodes, scores.shape[1]).scatter_reduce(0, index, scores, "amax", include_self=False)
     powers = (scores - largest.index_select(0, target)).exp()  # of the shift the result has no derivative
     sums = powers.new_zeros(nodes, scores.shape[1]).index_add(0, target, powers)
-    return powers / sums.index_select(0, target)
+    weights: Tensor = powers / sums.index_select(0, target)
+    return weights
 
 
 class GraphNetwork(nn.Module):

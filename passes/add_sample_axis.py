@@ -62,8 +62,8 @@ class _Builder:
     def __init__(self, module: fx.GraphModule) -> None:
         self.graph = fx.Graph()
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-        self.samples = self.mode.from_tensor(torch.empty(2), symbolic_context=dynamic).shape[0]  # type: ignore[arg-type]
+        dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        self.samples = self.mode.from_tensor(torch.empty(2), symbolic_context=dynamic).shape[0]
         self.made: dict[fx.Node, Any] = {}
         self.led: set[fx.Node] = set()
         self.old = next(iter(module.graph.nodes))
@@ -84,9 +84,13 @@ class _Builder:
 
     def translate(self, node: fx.Node) -> None:
         self.old = node
+        args: Any
+        kwargs: Any
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.made.__getitem__)
         if node.target is operator.getitem:
             self.made[node] = self._item(*args)
+            return
+        if node.target == _aten._assert_tensor_metadata.default:  # torch.export's own; reads a value, gives none
             return
         if not any(source in self.led for source in _nodes((args, kwargs))):
             self.made[node] = self.call(node.target, *args, name=node.name, **kwargs)
@@ -135,6 +139,11 @@ class _Builder:
         """The result of the operation at hand, of one sample."""
         val: Tensor = self.old.meta["val"]
         return val
+
+    @property
+    def schema(self) -> Any:
+        """The arguments of the operation at hand."""
+        return self.old.target._schema
 
     def rank(self, value: fx.Node) -> int:
         """Dimensions of a value, without the samples'."""
@@ -228,7 +237,7 @@ def _shifted(b: _Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Dimensions one further; every tensor but an index gets the samples."""
     rank = max(b.rank(value) for value in _nodes((args, kwargs)) if value in b.led)
     given: dict[str, Any] = {}
-    for place, argument in enumerate(b.old.target._schema.arguments):  # type: ignore[union-attr]
+    for place, argument in enumerate(b.schema.arguments):
         default = argument.default_value if argument.has_default_value() else None
         value = args[place] if place < len(args) else kwargs.get(argument.name, default)
         if argument.name in _DIMS:
@@ -240,7 +249,7 @@ def _shifted(b: _Builder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         else:
             value = pytree.tree_map(b.lead, value)
         given[argument.name] = value
-    positional = [a.name for a in b.old.target._schema.arguments if not a.kwarg_only]  # type: ignore[union-attr]
+    positional = [a.name for a in b.schema.arguments if not a.kwarg_only]
     named = {name: value for name, value in given.items() if name not in positional}
     return b.call(b.old.target, *(given[name] for name in positional), name=b.old.name, **named)
 

@@ -332,6 +332,7 @@ class Program:
         spec = self.compiled.captured.out_spec
 
         def per_sample(leaves: list[Any], copies: int, samples: int) -> Tensor:
+            assert isinstance(self.loss, SampleLoss)
             output = pytree.tree_unflatten(leaves, spec)
             losses = self.loss(output, self.loss.repeat(target, copies, samples), copies * samples)
             return losses.reshape(copies, samples).to(device)

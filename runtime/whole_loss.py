@@ -66,7 +66,7 @@ class WholeLoss(SampleLoss):
             raise LossShapeError(f"the loss {self.name} returned complex numbers; it has to be real.")
         if losses.dim() == 0 or self.reduction == "sum":
             return losses
-        counted = losses.numel()
+        counted: Tensor | int = losses.numel()
         if self.ignored is not None and isinstance(target, Tensor) and not target.is_floating_point():
             counted = (target != self.ignored).sum().clamp(min=1) if target.shape == losses.shape else counted
         return losses / counted

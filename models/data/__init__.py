@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...passes.errors import unknown_name
 from .bundled import load_digits, load_linear, load_mnist5k
-from .dataset import Dataset, loaders
+from .dataset import Batches, Dataset, loaders
 from .graphs import load_cora, load_karate, load_sbm
 from .hub import HUB_SOURCES, hub_loader
 
@@ -47,4 +47,4 @@ def load(name: str, *, seed: int = 0, root: str | Path | None = None) -> Dataset
     return DATASETS[name](seed, None if root is None else Path(root))
 
 
-__all__ = ["DATASETS", "HUB_SOURCES", "Dataset", "load", "loaders"]
+__all__ = ["DATASETS", "HUB_SOURCES", "Batches", "Dataset", "load", "loaders"]

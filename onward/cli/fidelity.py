@@ -232,7 +232,7 @@ def run(
 def _prepared(name: str, common: Common, setup: Setup, options: tuple[str, ...], measuring: Measuring) -> nn.Module:
     """The model with these options, from the seed, trained by backpropagation if that is asked for."""
     torch.manual_seed(common.seed)
-    built = build_for(name, setup.dataset, **parse_options(list(options))).to(setup.example.device)
+    built = build_for(name, setup.dataset, **parse_options(list(options))).to(find_device(common.device))
     check_classifies(built, setup.dataset)
     if measuring.after:
         recipe = setup.recipe
