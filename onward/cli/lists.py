@@ -19,6 +19,12 @@ _PACKAGED = {
         "64 normal numbers, 10 classes by a linear teacher with label noise, 2,000 samples, synthetic",
         "nothing",
     ),
+    "karate": ("one graph: Zachary's karate club of networkx, 34 members, 2 clubs, 4 known", "nothing"),
+    "sbm": ("one graph: a stochastic block model of networkx, 240 nodes, 4 classes, 40 known, synthetic", "nothing"),
+    "cora": (
+        "one graph: Cora, 2,708 papers, 7 classes, 140 known",
+        escape("pip install 'onward[graphs]', and a network once"),
+    ),
 }
 
 
