@@ -93,8 +93,8 @@ class CompiledModel:
 
     @property
     def credits_nodes(self) -> bool:
-        """Whether noise is weighted by the losses of the nodes that it reaches, in place of the sample's."""
-        return bool(self.reached) and self.estimator.feedback == "none"
+        """Whether losses come one a node, for noise to be weighted by those that it reaches."""
+        return self.captured.signature.whole and self.estimator.feedback == "none"
 
     @property
     def forwards(self) -> float:
