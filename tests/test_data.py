@@ -164,7 +164,8 @@ def test_a_constant_channel_divides_by_one(constant: float) -> None:
 def test_unknown_data_sets_show_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown data set 'fashion_mnist'. Did you mean 'fashion-mnist'\?"):
         load("fashion_mnist")
-    assert set(DATASETS) == {"digits", "mnist5k", "linear", "fashion-mnist", "cifar10", "cifar100"}
+    graphs = {"karate", "sbm", "cora"}
+    assert set(DATASETS) == {"digits", "mnist5k", "linear", "fashion-mnist", "cifar10", "cifar100"} | graphs
 
 
 def pil_images(mode: str, num: int, size: tuple[int, int]) -> tuple[np.ndarray[Any, Any], list[Image.Image]]:

@@ -116,7 +116,7 @@ def load_cora(seed: int, root: Path | None) -> Dataset:
     downloaded to `root`, by default ``~/.cache/onward``. It has a split of its own, so the seed is not used.
     """
     try:
-        from torch_geometric.datasets import Planetoid  # type: ignore[import-untyped]
+        from torch_geometric.datasets import Planetoid
     except ImportError as error:
         raise DataError(
             f"data set 'cora' needs the library 'torch_geometric', which cannot be imported ({error}). Install it: "
