@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -48,6 +49,10 @@ CASES: dict[str, Case] = {
     "quantised_cnn": Case("quantised_cnn"),
     "mlp-12": Case("mlp", options={"depth": 12}, epochs=20, lr=1e-3),
     "vit": Case("vit"),
+    "gcn": Case("gcn", "sbm"),
+    "gat": Case("gat", "sbm"),
+    "gcn-karate": Case("gcn", "karate"),
+    "gat-karate": Case("gat", "karate"),
     "mlp-mnist": Case("mlp", "mnist5k", epochs=15, lr=1e-3),
     "resnet5-mnist": Case("resnet5", "mnist5k", epochs=15, lr=3e-3),
     "resnet9-mnist": Case("resnet9", "mnist5k", options={"width": 8}, epochs=6),
@@ -128,15 +133,18 @@ def train(name: str, row: str, seed: int, epochs: int | None = None, lr: float |
     twin = TWINS.get(case.model, {}) if make is None else {}
     net = models.build_for(case.model, dataset, **{**case.options, **twin})
     if make is None:
-        outcome: Outcome = run(Backpropagation(net, dataset.loss, seed), dataset, training, progress=False)
+        outcome: Outcome = run(
+            Backpropagation(net, dataset.loss, seed, unbatched=dataset.unbatched), dataset, training, progress=False
+        )
     else:
-        example = dataset.train.tensors[0][: training.batch_size]
+        example, _ = dataset.batch(training.batch_size)
         estimator = recipe_for(case.model).estimator if row == "auto" else make()
-        program = compile_program(net, (example,), loss=dataset.loss, estimator=estimator, seed=seed)
+        compiled = partial(compile_program, net, example, loss=dataset.loss, unbatched=dataset.unbatched, seed=seed)
+        program = compiled(estimator=estimator)
         if row in BUDGETS:
-            images, target = (tensor[:128] for tensor in dataset.train.tensors)
-            found = program.calibrate(images, target, budget=BUDGETS[row], batch_size=training.batch_size)
-            program = compile_program(net, (example,), loss=dataset.loss, estimator=found, seed=seed)
+            inputs, target = dataset.batch(128)
+            found = program.calibrate(inputs, target, budget=BUDGETS[row], batch_size=training.batch_size)
+            program = compiled(estimator=found)
         outcome = run(program, dataset, training, progress=False)
     perturbed = outcome.forwards_per_sample_and_step - 1
     return Result(name, row, seed, outcome.test_accuracy, perturbed, outcome.seconds)

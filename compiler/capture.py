@@ -88,6 +88,16 @@ class Signature:
     """One a leaf: ``(shape, dtype, device, batched)`` for tensors, the value itself for anything else."""
     batch: int
     """Batch size of the example."""
+    whole: bool = False
+    """Whether the user's inputs are one sample without a batch dimension (`compiler.whole`): the described shapes have
+    one in front, and a tensor that is no sample's but the graph's own stands for itself."""
+
+    def lead(self, leaves: list[Any]) -> list[Any]:
+        """The user's leaves with the batch dimension that the graph has."""
+        if not self.whole:
+            return leaves
+        pairs = zip(leaves, self.leaves, strict=True)
+        return [leaf[None] if isinstance(leaf, Tensor) and isinstance(known, tuple) else leaf for leaf, known in pairs]
 
 
 @dataclass(frozen=True)
@@ -135,9 +145,14 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModel:
         args, kwargs = pytree.tree_map(
             lambda leaf: torch.cat([leaf, leaf]) if _is_batched(leaf, 1) else leaf, (args, kwargs)
         )
-    _check_arguments(model, args, kwargs)
+    check_arguments(model, args, kwargs)
     exported, how = _export(model, args, kwargs, 2 if batch == 1 else batch)
-    with _quiet():
+    return captured_model(exported, model, signature, how)
+
+
+def captured_model(exported: ExportedProgram, model: nn.Module, signature: Signature, how: str) -> CapturedModel:
+    """What was exported, in normal form."""
+    with quiet():
         unrolled = {op: decomposition_table[op] for op in _RECURRENT}
         exported = exported.run_decompositions({**unrolled, **_FORMULAS})
     module, constants = _normal_form(exported, model)
@@ -148,7 +163,7 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModel:
     return CapturedModel(module, signature, out_spec, constants, training, how)
 
 
-def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
@@ -212,16 +227,16 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
     reasons = []
     for name, attempt in attempts:
         try:
-            with _quiet(), torch.random.fork_rng(devices=[]):
+            with quiet(), torch.random.fork_rng(devices=[]):
                 exported = attempt()
         except Exception as error:  # whatever a tracer raises is a reason to try the next
-            reasons.append(f"  {name}: {_first_lines(error)}")
+            reasons.append(f"  {name}: {first_lines(error)}")
         else:
             return exported, "symbolic_trace" if "symbolic" in name else "export"
         finally:
             for submodule, training in flags.items():
                 submodule.training = training
-    _check_runs(model, args, kwargs)
+    check_runs(model, args, kwargs)
     raise CaptureError(
         f"{type(model).__name__} could not be captured with a dynamic batch size. Tried:\n"
         + "\n".join(reasons)
@@ -231,7 +246,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
     )
 
 
-def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Whether the model itself runs on the example: if not, no tracer is to blame.
 
     Raises:
@@ -242,7 +257,7 @@ def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     except Exception:  # nothing can be said then
         return
     try:
-        with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
     except (RuntimeError, IndexError, ValueError) as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if "/torch/" not in f.filename]
@@ -264,7 +279,7 @@ _ADVERTISEMENTS = (
 """How lines begin that advertise torch's own debugging and say nothing of the model."""
 
 
-def _first_lines(error: BaseException, count: int = 12) -> str:
+def first_lines(error: BaseException, count: int = 12) -> str:
     message = re.sub(r" For more information, run with TORCH_LOGS\S*", "", f"{type(error).__name__}: {error}")
     lines = [line for line in message.splitlines() if line.strip()]
     lines = [line for line in lines if not line.strip().startswith(_ADVERTISEMENTS)]
@@ -273,7 +288,7 @@ def _first_lines(error: BaseException, count: int = 12) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what torch's tracers warn about themselves; nothing of it concerns the user's model."""
     import logging
 

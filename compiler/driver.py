@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..passes.errors import CaptureError, UnsupportedModelError
+from ..passes.errors import CaptureError, OptionError, UnsupportedModelError
 from ..passes.extend_reach import extend_reach
-from ..passes.find_sites import find_sites, sites
+from ..passes.find_sites import credit_rows, find_sites, sites
 from ..passes.graph import Role, placeholders
 from ..passes.infer_sign_domains import infer_sign_domains
 from ..passes.insert_captures import insert_captures
@@ -32,23 +32,31 @@ from .assembly import assemble, noise_points
 from .capture import CapturedModel, as_call, capture
 from .estimator import LikelihoodRatio
 from .feedback_size import resolve_rank
+from .node_reach import find_reach
 from .probe import probe_copies, probe_samples
 from .program import CompiledModel, PassRecord, binding_key
 from .segments import resolve_reach, resolve_segments
 from .site_options import check_separable, resolve_blocks, resolve_groups, resolve_noise_on
 from .verify import verify
+from .whole import capture_whole
 
 GraphPass = Callable[[fx.GraphModule], fx.GraphModule]
 
 
-def compile_model(model: nn.Module, example_inputs: Any, estimator: LikelihoodRatio) -> CompiledModel:
+def compile_model(
+    model: nn.Module, example_inputs: Any, estimator: LikelihoodRatio, *, unbatched: bool = False
+) -> CompiledModel:
     """Capture `model`, run the passes, and split the result into what runs.
+
+    With `unbatched` the example is one sample without a batch dimension (`whole`).
 
     Raises:
         CaptureError, UnsupportedModelError, UnreachedParameterError, BatchError, OptionError: see `passes.errors`.
     """
+    if unbatched and estimator.credit == "batch":
+        raise OptionError('unbatched=True: the batch is one sample, whose loss is the batch\'s: leave credit="sample".')
     started = time.perf_counter()
-    captured = capture(model, example_inputs)
+    captured = (capture_whole if unbatched else capture)(model, example_inputs)
     history = [PassRecord("capture", captured.module, time.perf_counter() - started)]
     _run_passes(history, [("key_random_operations", key_random_operations), ("locate_samples", locate_samples)])
     values = _example_values(history[-1].module, model, captured, example_inputs)
@@ -123,6 +131,11 @@ def _compile_located(
     vjps = {index: reuse_values(vjp) for index, vjp in vjps.items()} if reuses else vjps
     vjps |= weight_gradients(history[-1].module, noise=estimator.noise, score=estimator.score)
     history.append(PassRecord("trace_gradients", history[-1].module, time.perf_counter() - started))
+    reached = {}
+    if captured.signature.whole and rank is None:
+        reached = find_reach(history[-1].module, values, at_points if feedback else sites(history[-1].module))
+    if reached and not feedback:
+        _run_passes(history, [("credit_rows", partial(credit_rows, rows={i: len(r) for i, r in reached.items()}))])
     masks: list[tuple[str, GraphPass]] = [("mask_noise", mask_noise)]
     _run_passes(
         history,
@@ -151,6 +164,7 @@ def _compile_located(
         sequential,
         rank,
         reach,
+        reached,
     )
     verify(compiled)
     return compiled
@@ -188,7 +202,7 @@ def _probe(
 def _example_values(
     module: fx.GraphModule, model: nn.Module, captured: CapturedModel, example_inputs: Any
 ) -> dict[fx.Node, Any]:
-    leaves = pytree.tree_leaves(as_call(example_inputs))
+    leaves = captured.signature.lead(pytree.tree_leaves(as_call(example_inputs)))
     values: dict[fx.Node, Any] = {}
     for node in placeholders(module):
         target = node.meta["target"]

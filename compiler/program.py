@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from torch import fx
+from torch import Tensor, fx
 
 from ..passes.find_sites import Site
 from ..passes.graph import Role, outputs, placeholders
@@ -87,6 +88,13 @@ class CompiledModel:
     """With learned feedback, the directions of the outputs that it keeps; None for all outputs."""
     reach: int = 0
     """With learned feedback, over how many hops gradients are pulled back."""
+    reached: Mapping[int, Tensor] = field(default_factory=dict)
+    """Of one whole graph, by site, which nodes' outputs its rows can reach: bool ``(rows, nodes)`` (`node_reach`)."""
+
+    @property
+    def credits_nodes(self) -> bool:
+        """Whether losses come one a node, for noise to be weighted by those that it reaches."""
+        return self.captured.signature.whole and self.estimator.feedback == "none"
 
     @property
     def forwards(self) -> float:

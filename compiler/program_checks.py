@@ -213,7 +213,7 @@ def _noise_of(point: Site, estimator: LikelihoodRatio) -> tuple[object, ...]:
     """The noise of a site as the operators that make it again are given it."""
     if point.weight_noise is not None:
         return noise_arguments(point, estimator.noise, estimator.score)
-    layout = point.noise_layout
+    layout = point.credited
     return (point.index, estimator.noise, estimator.score, list(layout.sizes), layout.dim, layout.outer)
 
 

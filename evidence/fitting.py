@@ -14,10 +14,16 @@ FEW = 2
 
 
 def check_classifies(model: nn.Module, dataset: Dataset) -> None:
-    """Raise OptionError unless the model runs on the data set's inputs and returns a number for each of its classes.
+    """Raise OptionError unless the model runs on the data set's inputs and returns a number for each of its classes;
+    or if the data set is one whole graph.
 
     The model's buffers and the global random numbers are as before.
     """
+    if dataset.unbatched:
+        raise OptionError(
+            f"{dataset.name!r} is one whole graph; what is measured here is over many samples. "
+            "`onward train --compare-bp` shows a graph beside backpropagation."
+        )
     inputs = dataset.train.tensors[0][:FEW]
     name = type(model).__name__
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..models import Dataset, TensorBatches, loaders
+from ..models import Batches, Dataset, loaders
 from ..passes.errors import NonFiniteGradientError, NonFiniteLossError, OptionError
 from ..runtime.finite import all_finite
 from ..runtime.training.data_order import start_epoch
@@ -131,6 +131,6 @@ def _train_on(program: TrainableProgram, optimizer: torch.optim.Optimizer, batch
     update(program, optimizer)
 
 
-def _accuracy(program: TrainableProgram, test: TensorBatches) -> float:
+def _accuracy(program: TrainableProgram, test: Batches) -> float:
     batches = ((inputs, target) for inputs, target in test)
     return evaluate(program.model, program.per_sample_loss, {"accuracy": accuracy}, batches)["accuracy"]

@@ -2,8 +2,9 @@
 
 from .batches import TensorBatches
 from .binarised import binarised_cnn, binarised_mlp
-from .data import DATASETS, Dataset, load, loaders
+from .data import DATASETS, Batches, Dataset, load, loaders
 from .gpt import gpt
+from .graph import gat, gcn
 from .integer import integer_cnn, integer_mlp
 from .mlp import mlp, sign_mlp
 from .quantised import quantised_cnn
@@ -18,6 +19,7 @@ __all__ = [
     "DATASETS",
     "MODELS",
     "TWINS",
+    "Batches",
     "Dataset",
     "DatasetInfo",
     "TensorBatches",
@@ -25,6 +27,8 @@ __all__ = [
     "binarised_mlp",
     "build",
     "build_for",
+    "gat",
+    "gcn",
     "gpt",
     "gru_text",
     "integer_cnn",

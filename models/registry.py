@@ -15,6 +15,7 @@ from torch import nn
 from ..passes.errors import OptionError, unknown_name
 from .binarised import binarised_cnn, binarised_mlp
 from .gpt import gpt
+from .graph import gat, gcn
 from .integer import integer_cnn, integer_mlp
 from .mlp import mlp, sign_mlp
 from .quantised import quantised_cnn
@@ -43,6 +44,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "gru_text": gru_text,
     "lstm_text": lstm_text,
     "gpt": gpt,
+    "gcn": gcn,
+    "gat": gat,
 }
 
 _STRAIGHT: Mapping[str, object] = {"straight_through": True}

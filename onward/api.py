@@ -21,6 +21,7 @@ def compile(
     *,
     loss: Loss,
     estimator: LikelihoodRatio | Calibration | str | None = None,
+    unbatched: bool = False,
     seed: int = 0,
     workers: int = 1,
     streams: int = 1,
@@ -38,6 +39,10 @@ def compile(
         estimator: the settings; the default is `LikelihoodRatio()`. ``"auto"`` is `LikelihoodRatio.auto()`, which
             measures what it needs while it trains; a `Calibration` is what was measured and chosen before
             (`Program.calibrate`).
+        unbatched: the example is one sample without a batch dimension, a whole graph: ``model(x, edge_index)`` with
+            node features ``(nodes, features)``. Floating-point tensors are what a step reads; every other input (the
+            edges) is part of the program, and a step has to be given the same. `loss` gets outputs as the model returns
+            them and gives one number, or one a node (`runtime.whole_loss`).
         seed: seed of all noise.
         workers: CPU threads that share a step's gradient subgraphs and perturbed runs (`runtime.execution.threads`);
             torch's own threads are divided among them (2 workers have half of them each). With more than one, the first
@@ -73,9 +78,9 @@ def compile(
     if type(streams) is not int or streams < 1:
         raise OptionError(f"streams={streams!r}: the streams of a step are a number from 1 on.")
     if isinstance(estimator, Calibration):
-        compiled = estimator.compile(model, example_inputs)
+        compiled = estimator.compile(model, example_inputs, unbatched=unbatched)
     else:
-        compiled = compile_model(model, example_inputs, estimator or LikelihoodRatio())
+        compiled = compile_model(model, example_inputs, estimator or LikelihoodRatio(), unbatched=unbatched)
     if memory is not None:
         device = next(leaf[2] for leaf in compiled.captured.signature.leaves if isinstance(leaf, tuple))
         compiled = within(compiled, parse_memory(memory, device), workers=max(workers, streams))

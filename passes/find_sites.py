@@ -78,6 +78,8 @@ class Site:
     blocks: tuple[int, ...] = ()
     """Extents of the blocks that share a number of noise, along ``layout.extents``; empty: each coordinate its own
     (`tie_blocks`)."""
+    rows: int = 0
+    """Rows of a sample that have losses of their own to be weighted by (`compiler.node_reach`); 0: the sample's."""
     weight_noise: WeightNoise | None = None
     """The noise on the site's weight, in place of that on its output (`perturb_weights`)."""
 
@@ -85,6 +87,11 @@ class Site:
     def noise_layout(self) -> Layout:
         """The layout of the numbers that noise is drawn for."""
         return self.grid if self.weight_noise is None else self.weight_noise.layout
+
+    @property
+    def credited(self) -> Layout:
+        """The layout of the noise as its loss weights see it: with `rows`, each of them is a sample."""
+        return Layout((1, *self.noise_layout.sizes[2:]), 0) if self.rows else self.noise_layout
 
     @property
     def grid(self) -> Layout:
@@ -143,6 +150,16 @@ def find_sites(module: fx.GraphModule, *, join_statistics: bool = True, share_su
 def sites(module: fx.GraphModule) -> list[Site]:
     """The sites of a graph in order."""
     return sorted((node.meta["site"] for node in module.graph.nodes if "site" in node.meta), key=lambda s: s.index)
+
+
+def credit_rows(module: fx.GraphModule, *, rows: dict[int, int]) -> fx.GraphModule:
+    """Pass: the noise of these sites is weighted row by row, so many rows a sample."""
+    module = clone(module)
+    for node in module.graph.nodes:
+        site = node.meta.get("site")
+        if site is not None and site.index in rows:
+            node.meta["site"] = replace(site, rows=rows[site.index])
+    return finish(module)
 
 
 NORMALIZATIONS = (torch.ops.aten.group_norm.default, torch.ops.aten.layer_norm.default)
@@ -303,4 +320,4 @@ def _renumber(module: fx.GraphModule) -> None:
                 node.meta["site"] = replace(site, index=index)
 
 
-__all__ = ["Site", "find_sites", "sites"]
+__all__ = ["Site", "credit_rows", "find_sites", "sites"]

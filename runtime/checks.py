@@ -35,7 +35,11 @@ def check_batch(inputs: Any, expected: Signature, needs_two: str) -> tuple[list[
             "as in the example."
         )
     samples: int | None = None
+    leaves = expected.lead(leaves)
     for position, (leaf, described) in enumerate(zip(leaves, expected.leaves, strict=True)):
+        if isinstance(described, Tensor):
+            _check_same(position, leaf, described)
+            continue
         if not isinstance(described, tuple):
             if isinstance(leaf, Tensor) or leaf != described:
                 raise BatchError(f"input {position} is {leaf!r}; the program was compiled for {described!r}.")
@@ -166,6 +170,16 @@ def _structure(spec: pytree.TreeSpec) -> str:
     """Arguments of forward with ``*`` for every leaf."""
     args, kwargs = pytree.tree_unflatten([_Leaf()] * spec.num_leaves, spec)
     return repr(kwargs or args)
+
+
+def _check_same(position: int, leaf: Any, known: Tensor) -> None:
+    """An input that is part of the program has to be the example's."""
+    same = isinstance(leaf, Tensor) and leaf.shape == known.shape and leaf.dtype == known.dtype
+    if not same or leaf.device != known.device or not bool((leaf == known).all()):
+        raise BatchError(
+            f"input {position} is not the example's: of a program of one whole graph (unbatched=True) every input but "
+            "the floating-point tensors is part of it, its edges for one. Compile a program for each graph."
+        )
 
 
 def _check_leaf(position: int, leaf: Any, described: tuple[Any, ...], samples: int | None) -> int | None:

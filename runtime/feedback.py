@@ -8,6 +8,7 @@ outputs (`basis`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -211,7 +212,12 @@ def initial_state(sites: list[Site], outputs: int, like: Tensor, rank: int | Non
 
 
 def learn(
-    state: FeedbackState, probe: Probe, sites: list[Site], sigmas: list[float], noise: str
+    state: FeedbackState,
+    probe: Probe,
+    sites: list[Site],
+    sigmas: list[float],
+    noise: str,
+    reached: Mapping[int, Tensor] | None = None,
 ) -> tuple[FeedbackState, Tensor]:
     """One step of joint normalised least squares on what the current Jacobians leave unexplained.
 
@@ -228,6 +234,9 @@ def learn(
 
     Predictions that are far worse than none (`BROKEN`: feedback of other weights, a Jacobian that was tampered with)
     are first scaled down, all alike, to the least-squares fit of the response; trust goes down with them.
+
+    With `reached`, of one whole graph, a Jacobian stays zero where a row does not reach an output, whose step then is
+    that of the coordinates which do.
 
     With a basis of the outputs, Δo and the error are taken along it; then it moves by this probe's error (`basis`).
 
@@ -258,7 +267,9 @@ def learn(
     means = {index: square.mean(0) for index, square in squares.items()}
     coordinates = sum(int((mean > 0).sum()) for mean in means.values())
     count = draws * samples
-    step = min(max(SLOW_STEP, 1.0 / (state.steps + 1)), count / (count + coordinates))
+    wanted = max(SLOW_STEP, 1.0 / (state.steps + 1))
+    step = min(wanted, count / (count + coordinates))
+    faster = _steps_of_outputs(means, reached, outputs, wanted, count) / step if reached else observed.new_ones(1)
     jacobians, slopes = {}, {}
     along_residual = (residual * error).sum(1)
     if state.basis is not None:  # what the loss feels of the response beside the basis
@@ -268,7 +279,10 @@ def learn(
         index = site.index
         mean = noise_product(weighted, rows[index], transposed=True) / count
         scale = step / sigmas[index] / means[index].clamp_min(1.0 / count)
-        jacobians[index] = state.jacobians[index] + scale[:, None] * mean
+        change = scale[:, None] * mean
+        if reached:
+            change = _within_reach(change, reached.get(index)).mul_(faster)
+        jacobians[index] = state.jacobians[index] + change
         along = (predicted[index] * error).sum(1)
         own = float(((along_residual + along) * along).sum())
         before = state.slopes.get(index, (0.0, 0.0))
@@ -292,6 +306,30 @@ def learn(
     every = 1 if state.basis is None else state.basis.interval
     moves = state.steps > 0 and state.steps % every == 0
     return (learned.turned(probe.error, 1 - (1 - BASIS_PACE * step) ** every) if moves else learned), response
+
+
+def _within_reach(jacobian: Tensor, reach: Tensor | None) -> Tensor:
+    """A Jacobian with zeros where a row of the graph does not reach a node's output (`compiler.node_reach`)."""
+    if reach is None:
+        return jacobian
+    rows, nodes = reach.shape
+    return (jacobian.reshape(rows, -1, nodes, jacobian.shape[1] // nodes) * reach[:, None, :, None]).view_as(jacobian)
+
+
+def _steps_of_outputs(
+    means: dict[int, Tensor], reached: Mapping[int, Tensor], outputs: int, wanted: float, count: int
+) -> Tensor:
+    """The learning step of each output, ``(outputs,)``: its Jacobian has only the coordinates that reach it, so that
+    d of the bound ``N / (N + d)`` is the number of those."""
+    coordinates = next(iter(means.values())).new_zeros(outputs)
+    for index, mean in means.items():
+        alive, reach = mean > 0, reached.get(index)
+        if reach is None:
+            coordinates += alive.sum()
+        else:
+            rows = alive.reshape(len(reach), -1).sum(1).to(coordinates)
+            coordinates += (rows @ reach.to(coordinates)).repeat_interleave(outputs // reach.shape[1])
+    return (count / (count + coordinates)).clamp_max(wanted)
 
 
 @dataclass(frozen=True)

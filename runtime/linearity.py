@@ -98,7 +98,8 @@ def response(
             result = executor.runs[run](own, environment)
             losses.append(given.loss(output_leaves(result), len(copies), given.samples))
         plus, minus = torch.cat(losses).chunk(2)
-        differences.append(plus - minus)
+        moved = plus - minus
+        differences.append(moved.sum(1, keepdim=True) if compiled.credits_nodes else moved)
     return torch.cat(differences) / (2 * sigma)
 
 

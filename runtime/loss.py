@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..passes.errors import LossShapeError, OptionError
+from .targets import repeat_target
 
 Loss = Callable[[Any, Any], Any]
 
@@ -39,6 +40,10 @@ class SampleLoss:
                 f"one number a sample, shape ({samples},). {_advice(losses, samples)}"
             )
         return losses
+
+    def repeat(self, target: Any, copies: int, samples: int) -> Any:
+        """The target for every copy."""
+        return repeat_target(target, copies, samples)
 
     def reduce_positions(self, losses: Tensor) -> Tensor:
         """``(N, …)`` to ``(N,)`` for a torch loss that was asked not to reduce; anything else as it is."""

@@ -156,7 +156,7 @@ class OutputGradient:
             sigmas = torch.tensor(sigma, dtype=leaf.dtype).expand(_SITE + 1)
             where = ([1, *leaf.shape[1:]], 0, 1)
             perturbed[index] = ops.perturb(leaf, copies, key, sigmas, site, "gaussian", *where, False)
-        repeated = repeat_target(given.target, len(copies), samples)
+        repeated = self.loss.repeat(given.target, len(copies), samples)
         output = pytree.tree_unflatten(perturbed, given.spec)
         losses = self.loss(output, repeated, samples * len(copies)).reshape(2, BLACK_BOX_DRAWS, samples)
         found = []

@@ -35,7 +35,8 @@ from .noise import packing as _packing  # noqa: F401
 from .noise import weights as _weight_noise  # noqa: F401
 from .output_gradient import OutputGradient
 from .sampling import sampled
-from .targets import num_rows, repeat_target, target_leaves
+from .targets import num_rows, target_leaves
+from .whole_loss import WholeLoss
 
 
 class Program:
@@ -72,7 +73,8 @@ class Program:
         self.step_count = 0
         self.forwards = 0.0
         self.clean_forwards = 0.0
-        self.loss = BatchLoss(loss) if compiled.estimator.credit == "batch" else SampleLoss(loss)
+        make = WholeLoss if compiled.captured.signature.whole else SampleLoss
+        self.loss = BatchLoss(loss) if compiled.estimator.credit == "batch" else make(loss)
         self.sigmas = resolve_sigmas(compiled.estimator.sigma, compiled.sites)
         self.next_probe = 0
         self.next_calibration = 0
@@ -174,6 +176,8 @@ class Program:
 
     def per_sample_loss(self, output: Any, target: Any) -> Tensor:
         """The loss of an output of the model, ``(N,)``; ``()`` with ``credit="batch"``."""
+        if isinstance(self.loss, WholeLoss):
+            return self.loss.of_graph(output, target)
         leaves = zip(pytree.tree_leaves(output), self._layouts, strict=True)
         held = [(leaf.shape[at.dim] // at.sizes[at.dim]) for leaf, at in leaves if at is not None and at.batched]
         return self.loss(output, target, held[0] if held else 1)
@@ -270,7 +274,10 @@ class Program:
     def _bind(self, inputs: Any, target: Any) -> tuple[StepInput, dict[str, nn.Parameter], dict[str, Tensor]]:
         """What the next step is a function of, checked; and the model's parameters and buffers by name."""
         leaves, samples = check_batch(inputs, self.compiled.captured.signature, self._needs_two)
-        self._check_target(target, samples)
+        if isinstance(self.loss, WholeLoss):
+            self.loss.check(target)
+        else:
+            self._check_target(target, samples)
         parameters, buffers = self._check_model()
         device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
         given = StepInput(
@@ -321,13 +328,13 @@ class Program:
         return environment
 
     def _loss(self, target: Any, device: torch.device) -> Any:
-        """``(output leaves, copies, samples) -> (copies, samples)``, or ``(copies, 1)`` with batch credit; of a
-        perturbed part of the batch the samples are its first."""
+        """`StepInput.loss`; of a perturbed part of the batch the samples are its first."""
         spec = self.compiled.captured.out_spec
 
         def per_sample(leaves: list[Any], copies: int, samples: int) -> Tensor:
+            assert isinstance(self.loss, SampleLoss)
             output = pytree.tree_unflatten(leaves, spec)
-            losses = self.loss(output, repeat_target(target, copies, samples), copies * samples)
+            losses = self.loss(output, self.loss.repeat(target, copies, samples), copies * samples)
             return losses.reshape(copies, samples).to(device)
 
         def batch(leaves: list[Any], copies: int, samples: int) -> Tensor:
@@ -340,6 +347,12 @@ class Program:
             ]
             return torch.stack([self.loss(output, target, samples) for output in rows]).reshape(copies, 1).to(device)
 
+        def by_node(leaves: list[Any], copies: int, samples: int) -> Tensor:
+            assert isinstance(self.loss, WholeLoss)
+            return self.loss.of_nodes(pytree.tree_unflatten(leaves, spec), target).to(device)
+
+        if self.compiled.credits_nodes:
+            return by_node
         return per_sample if self._per_sample else batch
 
     def _warms_up(self) -> bool:

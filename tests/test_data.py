@@ -169,7 +169,8 @@ def test_unknown_data_sets_show_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown data set 'fashion_mnist'. Did you mean 'fashion-mnist'\?"):
         load("fashion_mnist")
     hub = {"fashion-mnist", "cifar10", "cifar100", "tiny-imagenet"}
-    assert set(DATASETS) == {"digits", "mnist5k", "linear", *hub, *TEXTS}
+    graphs = {"karate", "sbm", "cora"}
+    assert set(DATASETS) == {"digits", "mnist5k", "linear", *hub, *graphs, *TEXTS}
 
 
 def pil_images(mode: str, num: int, size: tuple[int, int]) -> tuple[np.ndarray[Any, Any], list[Image.Image]]:

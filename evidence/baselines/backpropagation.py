@@ -14,13 +14,17 @@ from ...runtime.training.batches import batch_size
 class Backpropagation:
     """A program whose step is ``loss.backward()``: what `onward.Trainer` needs of one, and nothing else.
 
-    Given the seed of a forward-only run, the trainer shows it the same batches in the same order.
+    Given the seed of a forward-only run, the trainer shows it the same batches in the same order. With `unbatched` a
+    batch is one sample, a whole graph.
     """
 
-    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Tensor], seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, loss: Callable[[Any, Any], Tensor], seed: int, *, unbatched: bool = False
+    ) -> None:
         self.model = model
         self.loss = loss
         self.seed = seed
+        self.unbatched = unbatched
         self.forwards = 0.0
         self.clean_forwards = 0.0
 
@@ -29,7 +33,7 @@ class Backpropagation:
         args, kwargs = as_call(inputs)
         loss = self.loss(self.model(*args, **kwargs), target).mean()  # of one number a sample, or of the mean itself
         loss.backward()
-        self.clean_forwards += batch_size(inputs, target)
+        self.clean_forwards += 1 if self.unbatched else batch_size(inputs, target)
         return loss.detach()
 
     def per_sample_loss(self, output: Any, target: Any, /) -> Tensor:

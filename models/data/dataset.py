@@ -35,6 +35,8 @@ class Dataset:
             None where nothing was.
         std: What both were then divided by, of the same shape.
         loss: What is trained: ``(output, target)`` to one loss a sample.
+        edge_index: Of one whole graph its edges, int64 ``(2, edges)``; None where samples are independent. Both splits
+            then hold all nodes, and a node's target is -100 outside the split.
     """
 
     name: str
@@ -47,6 +49,20 @@ class Dataset:
     mean: Tensor | None = None
     std: Tensor | None = None
     loss: Callable[[Any, Any], Any] = F.cross_entropy
+    edge_index: Tensor | None = None
+
+    @property
+    def unbatched(self) -> bool:
+        """Whether it is one sample without a batch dimension: a whole graph."""
+        return self.edge_index is not None
+
+    def batch(self, size: int) -> tuple[Any, Tensor]:
+        """Inputs and target of the first training samples, of a graph the whole of it."""
+        if self.edge_index is None:
+            inputs, target = (tensor[:size] for tensor in self.train.tensors)
+            return inputs, target
+        x, target = self.train.tensors
+        return (x, self.edge_index), target
 
     @property
     def num_features(self) -> int:
@@ -135,8 +151,13 @@ def stratified_rows(targets: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(train), torch.from_numpy(test)
 
 
-def loaders(dataset: Dataset, batch_size: int, seed: int, augment: str = "none") -> tuple[TensorBatches, TensorBatches]:
+Batches = TensorBatches | list[list[Tensor]]
+
+
+def loaders(dataset: Dataset, batch_size: int, seed: int, augment: str = "none") -> tuple[Batches, Batches]:
     """Training batches, shuffled by a generator of their own that starts at `seed`, and test batches in fixed order.
+
+    Of a whole graph both have one batch, ``[x, edge_index, target]``, whatever the other arguments.
 
     Args:
         dataset: Where they are from.
@@ -154,6 +175,9 @@ def loaders(dataset: Dataset, batch_size: int, seed: int, augment: str = "none")
         raise OptionError(
             f"augmentation {augment!r} is of images; an input of {dataset.name!r} has the shape {dataset.input_shape}."
         )
+    if (edges := dataset.edge_index) is not None:
+        x, known = dataset.train.tensors
+        return [[x, edges, known]], [[x, edges, dataset.test.tensors[1]]]
     generator = torch.Generator().manual_seed(seed)
     return (
         TensorBatches(dataset.train, batch_size, shuffle=True, generator=generator, augment=AUGMENTATIONS.get(augment)),

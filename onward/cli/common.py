@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from ..compiler.driver import compile_model
@@ -39,7 +39,7 @@ class Setup:
 
     dataset: Dataset
     model: nn.Module
-    example: Tensor
+    example: Any
     estimator: LikelihoodRatio | Calibration
     recipe: Recipe
     """With the options' data and model options in place of its own."""
@@ -62,7 +62,7 @@ def set_up(recipe: Recipe, common: Common, batch_size: int | None = None) -> Set
     dataset = on_device(_load(recipe, common.data), device)
     recipe = replace(recipe, data=dataset.name, model_options=options)
     built = build_model(recipe, dataset, common.seed, common.freeze).to(device)
-    example = dataset.train.tensors[0][: batch_size or recipe.training.batch_size]
+    example, _ = dataset.batch(batch_size or recipe.training.batch_size)
     twin = functools.partial(twin_of, recipe.model, dataset, built, **options)
     return Setup(dataset, built, example, estimator, recipe, twin)
 
@@ -146,8 +146,8 @@ def settings_of(estimator: LikelihoodRatio | Calibration) -> LikelihoodRatio:
 def compile_setup(setup: Setup) -> CompiledModel:
     """The model compiled as the options say."""
     if isinstance(setup.estimator, Calibration):
-        return setup.estimator.compile(setup.model, setup.example)
-    return compile_model(setup.model, setup.example, setup.estimator)
+        return setup.estimator.compile(setup.model, setup.example, unbatched=setup.dataset.unbatched)
+    return compile_model(setup.model, setup.example, setup.estimator, unbatched=setup.dataset.unbatched)
 
 
 def _without_feedback(settings: dict[str, Any]) -> bool:
@@ -244,7 +244,8 @@ def on_device(dataset: Dataset, device: torch.device) -> Dataset:
     if device.type == "cpu":
         return dataset
     train, test = (TensorDataset(*(t.to(device) for t in split.tensors)) for split in (dataset.train, dataset.test))
-    return replace(dataset, train=train, test=test)
+    edges = None if dataset.edge_index is None else dataset.edge_index.to(device)
+    return replace(dataset, train=train, test=test, edge_index=edges)
 
 
 def to_json(value: Any) -> str:

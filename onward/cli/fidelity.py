@@ -231,7 +231,7 @@ def run(
 def _prepared(common: Common, setup: Setup, options: tuple[str, ...], measuring: Measuring) -> nn.Module:
     """The model with these options, from the seed, trained by backpropagation if that is asked for."""
     built = build_model(setup.recipe, setup.dataset, common.seed, common.freeze, **parse_options(list(options)))
-    built = built.to(setup.example.device)
+    built = built.to(find_device(common.device))
     check_classifies(built, setup.dataset)
     if measuring.after:
         training = setup.recipe.training

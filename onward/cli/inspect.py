@@ -162,7 +162,7 @@ def inspect(
         )
         raise typer.Exit(1) from error
     if calibrates:
-        inputs, target = (tensor[:CALIBRATION_SAMPLES] for tensor in setup.dataset.train.tensors)
+        inputs, target = setup.dataset.batch(CALIBRATION_SAMPLES)
         calibration = Program(setup.model, compiled, setup.dataset.loss, common.seed).calibrate(
             inputs,
             target,

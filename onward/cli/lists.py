@@ -23,6 +23,12 @@ _PACKAGED = {
     ),
     "surnames": ("last names of 10 languages that faker lists, letter by letter", escape("pip install 'onward[text]'")),
     "python-docs": ("characters of Python's own documentation, for language models", "nothing"),
+    "karate": ("one graph: Zachary's karate club of networkx, 34 members, 2 clubs, 4 known", "nothing"),
+    "sbm": ("one graph: a stochastic block model of networkx, 240 nodes, 4 classes, 40 known, synthetic", "nothing"),
+    "cora": (
+        "one graph: Cora, 2,708 papers, 7 classes, 140 known",
+        escape("pip install 'onward[graphs]', and a network once"),
+    ),
 }
 
 _FROM_HUB = {

@@ -179,6 +179,7 @@ def train(
         setup.example,
         loss=setup.dataset.loss,
         estimator=setup.estimator,
+        unbatched=setup.dataset.unbatched,
         seed=common.seed,
         workers=workers,
         streams=streams,
@@ -190,7 +191,7 @@ def train(
     outcome = run(program, setup.dataset, training, progress=not quiet, resume=resume, **trainer_options)
     reference: Outcome | None = None
     if start is not None and not outcome.history.interrupted:
-        backpropagation = Backpropagation(start, setup.dataset.loss, common.seed)
+        backpropagation = Backpropagation(start, setup.dataset.loss, common.seed, unbatched=setup.dataset.unbatched)
         reference = run(backpropagation, setup.dataset, training, progress=not quiet)
     interrupted = outcome.history.interrupted or (reference is not None and reference.history.interrupted)
     if json_file is not None:
@@ -243,11 +244,10 @@ def run(
 
 def _announce(console: Console, seed: int, setup: Setup) -> None:
     count = sum(parameter.numel() for parameter in setup.model.parameters() if parameter.requires_grad)
-    recipe, samples = setup.recipe, len(setup.dataset.train)
+    recipe = setup.recipe
+    samples = f"{len(setup.dataset.train):,} {'nodes of one graph' if setup.dataset.unbatched else 'samples'}"
     named = "" if recipe.name == recipe.model else f"{recipe.name}: "
-    console.print(
-        f"{named}[bold]{recipe.model}[/bold] on [bold]{recipe.data}[/bold]: {count:,} parameters, {samples:,} samples"
-    )
+    console.print(f"{named}[bold]{recipe.model}[/bold] on [bold]{recipe.data}[/bold]: {count:,} parameters, {samples}")
     console.print(describe_estimator(settings_of(setup.estimator).to_json()), highlight=False)
     console.print(f"{recipe.training}, seed {seed}", highlight=False)
 

@@ -75,10 +75,10 @@ class Calibration:
     forwards: float
     """Perturbed forwards a sample that the calibration took."""
 
-    def compile(self, model: nn.Module, example_inputs: Any) -> CompiledModel:
+    def compile(self, model: nn.Module, example_inputs: Any, *, unbatched: bool = False) -> CompiledModel:
         """Compile `model` with these settings; CalibrationError if they were measured for another model."""
         try:
-            compiled = compile_model(model, example_inputs, self.estimator)
+            compiled = compile_model(model, example_inputs, self.estimator, unbatched=unbatched)
             resolve_sigmas(self.estimator.sigma, compiled.sites)
         except (OptionError, UnknownNameError) as error:
             raise CalibrationError(f"the calibration does not fit this model: {error} Calibrate again.") from error

@@ -44,6 +44,8 @@ class BoundModel:
         self.returned = [index for index, _ in returned(compiled.graph.graph)] if learns else []
         self.corrects = any(g.source == "corrected" for g in compiled.gradients)
         self.gradients = {g.site.index: (_bound_gradient(g.module), g) for g in compiled.gradients}
+        device = next(leaf[2] for leaf in compiled.captured.signature.leaves if isinstance(leaf, tuple))
+        self.reached = {index: reach.to(device) for index, reach in compiled.reached.items()}
         self.readers = [
             {g.site.index for g in compiled.gradients if g.per_copy and g.run == run.index} for run in compiled.runs
         ]
@@ -51,6 +53,16 @@ class BoundModel:
         self.together: dict[tuple[bool, Fused], BoundGraph] = {}
         """The graphs of fused actions, by whether the step is perturbed (they return what others read), once needed."""
         self._fused_plans: dict[bool, tuple[Action | Fused, ...]] = {}
+
+    def credited(self, weights: Tensor, site: int) -> Tensor:
+        """Weights ``(draws, nodes)`` as those of a site's rows, each the sum over the nodes that it reaches; of the
+        whole graph, ``(draws, 1)``, where the site has no reach of its own."""
+        reach = self.reached.get(site)
+        if reach is None:
+            return weights.sum(1, keepdim=True)
+        if weights.shape[1] != reach.shape[1]:  # the loss gives one number for the graph
+            return weights.sum(1, keepdim=True).expand(-1, len(reach)).contiguous()
+        return weights @ reach.T.to(weights.dtype)
 
     def fused(self, plan: Sequence[Action]) -> Sequence[Action | Fused]:
         """The plan as one worker does it."""

@@ -51,7 +51,8 @@ class StepInput:
     environment: Environment
     """Parameters, buffers, constants, inputs, and ``runtime:key`` and ``runtime:sigmas``, by binding key."""
     loss: Callable[[list[Any], int, int], Tensor]
-    """``(output leaves, copies, samples) -> losses``: ``(copies, samples)``, or ``(copies, 1)`` with batch credit."""
+    """``(output leaves, copies, samples) -> losses``: ``(copies, samples)``, or ``(copies, 1)`` with batch credit; what
+    each node adds, ``(copies, nodes)``, where `CompiledModel.credits_nodes`."""
     samples: int
     """Batch size N."""
     device: torch.device
@@ -134,6 +135,8 @@ class Step:
                 self.environment["runtime:projected_error"] = given.feedback.projected(self.error)
         self.bound.demand_finite(self.clean, self._fail_clean)
         result.losses = self.clean.reshape(()) if self.estimator.credit == "batch" else self.clean
+        if self.compiled.credits_nodes:
+            result.losses = self.clean.sum(0, keepdim=True)
         result.buffers = {
             key.removeprefix("mutation:"): value
             for key, value in self.environment.items()
@@ -174,7 +177,7 @@ class Step:
 
         def learn_from(response: Tensor, error: Tensor) -> tuple[FeedbackState, Tensor]:
             probe = Probe(response, error, alive, draws, key)
-            return learn(state, probe, sites, self.bound.sigmas, self.estimator.noise)
+            return learn(state, probe, sites, self.bound.sigmas, self.estimator.noise, self.bound.reached)
 
         self.result.feedback, predicted = outside_autocast(learn_from)(response, self.error[: self.probed])
         if self.bound.corrects:
@@ -277,6 +280,8 @@ class Step:
             weights = (torch.cat(losses) - self.clean) / scale
         if self.given.weights is not None:
             weights = weights * self.given.weights.to(weights.dtype)
+        if self.compiled.credits_nodes:
+            return self.bound.credited(weights, gradient.site.index)
         if weights.shape[1] == samples or not gradient.site.noise_layout.batched:
             return weights  # noise that all samples share is one number's worth of a batch loss
         return weights.expand(-1, samples).contiguous()

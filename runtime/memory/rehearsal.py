@@ -229,6 +229,8 @@ class _Rehearsal:
         and gives a number a sample."""
         outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         _made = [torch.empty_like(leaf) for leaf in outputs]
+        if self.compiled.credits_nodes:
+            return outputs[0].new_empty(copies, outputs[0].shape[1] if outputs[0].dim() > 1 else 1)
         return outputs[0].new_empty(copies, samples if self.compiled.estimator.credit == "sample" else 1)
 
     def _output_gradient(self, output: Any, target: Any, key: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -19,7 +20,8 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
     """Share of right answers of each sample, (N,): class scores against whole class numbers (N, …).
 
     The scores are (N, C, …), as of torch's own losses, or else (N, …, C), as of a language model. Where both would do,
-    because there are as many classes as positions, they are taken for (N, C, …).
+    because there are as many classes as positions, they are taken for (N, C, …). Positions whose class is -100, the
+    ``ignore_index`` of torch's cross-entropy, do not count, and samples without any other are left out.
     """
     places = [dim for dim in (1, -1) if output.dim() > 1 and _without(output.shape, dim) == target.shape]
     if target.is_floating_point() or not places:
@@ -28,7 +30,15 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
             f"{output.dtype} {list(output.shape)} with {target.dtype} {list(target.shape)}. "
             "Pass metrics=None or metrics={name: function}."
         )
-    return (output.argmax(places[0]) == target).double().reshape(target.shape[0], -1).mean(1)
+    right = (output.argmax(places[0]) == target).double().reshape(target.shape[0], -1)
+    counted = (target != IGNORED).reshape(right.shape)
+    if bool(counted.all()):
+        return right.mean(1)
+    kept = counted.any(1)
+    return (right.sum(1) / counted.sum(1))[kept]
+
+
+IGNORED = -100
 
 
 def _without(shape: torch.Size, dim: int) -> torch.Size:
@@ -50,7 +60,7 @@ def evaluate(
     """
     modes = [(module, module.training) for module in model.modules()]
     sums: dict[str, float] = dict.fromkeys(("loss", *metrics), 0.0)
-    samples = 0
+    counts = dict.fromkeys(sums, 0)
     try:
         model.eval()
         with torch.no_grad():
@@ -58,13 +68,15 @@ def evaluate(
                 args, kwargs = as_call(inputs)
                 output = model(*args, **kwargs)
                 count = batch_size(inputs, target)
-                sums["loss"] += float(per_sample_loss(output, target).double().mean()) * count
-                for name, metric in metrics.items():
-                    sums[name] += float(torch.as_tensor(metric(output, target)).double().mean()) * count
-                samples += count
+                found = {"loss": per_sample_loss(output, target)}
+                found |= {name: torch.as_tensor(metric(output, target)) for name, metric in metrics.items()}
+                for name, value in found.items():
+                    of = len(value) if name != "loss" and value.dim() else count  # a metric may leave samples out
+                    sums[name] += float(value.double().mean()) * of if of else 0.0
+                    counts[name] += of
     finally:
         for module, mode in modes:
             module.training = mode
-    if samples == 0:
+    if counts["loss"] == 0:
         raise DataError("the loader to evaluate on gave no batch")
-    return {name: value / samples for name, value in sums.items()}
+    return {name: value / counts[name] if counts[name] else math.nan for name, value in sums.items()}
