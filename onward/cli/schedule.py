@@ -37,7 +37,7 @@ def check_schedule(schedule: bool, workers: int | None, format_: str, pass_: str
 
 def record_schedule(setup: Setup, compiled: CompiledModel, workers: int | None, seed: int) -> ScheduleReport:
     """Record and schedule steps on a batch of the training data, of the size that the model is trained with."""
-    inputs, target = setup.dataset.batch(setup.recipe.batch_size)
+    inputs, target = setup.dataset.batch(setup.recipe.training.batch_size)
     chosen = WORKERS if workers is None else workers
     return examine_schedule(setup.model, compiled, setup.dataset.loss, inputs, target, workers=chosen, seed=seed)
 
