@@ -83,6 +83,7 @@ ROWS: dict[str, Callable[[], LikelihoodRatio] | None] = {
     "auto, every step": _auto(probe_every=1),
     "auto, 2 copies": _auto(copies=2),
     "auto, 8 copies": _auto(copies=8),
+    "op, reach 1, 8 copies": _auto(segments="op", reach=1, copies=8),
     "alr 32": lambda: LikelihoodRatio.alr(copies=32),
     "layerwise 16": lambda: LikelihoodRatio(groups="layerwise", copies=16),
     "joint 32": _joint(),
