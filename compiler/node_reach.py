@@ -28,8 +28,9 @@ def find_reach(module: fx.GraphModule, values: dict[fx.Node, Any], points: Seque
     """For each of the sites bool ``(rows, nodes)``, rows being the first dimension of one sample at its noise point.
 
     A site is left out, so that all outputs count as reached, where it has no rows or too many, where its noise is tied
-    over blocks or lies on the weight, where something behind it stops NaN (comparisons, whole numbers), or where a row
-    reaches every node. None has a reach where the model returns anything but one tensor with the nodes first.
+    over blocks or lies on the weight, where something behind it stops NaN (comparisons, whole numbers, order
+    statistics) or selects by what another step has otherwise (a mask of features, weights or random numbers), or where
+    a row reaches every node. None has a reach where the model returns anything but one tensor with the nodes first.
 
     Args:
         module: a graph with sites and layouts.
@@ -43,13 +44,15 @@ def find_reach(module: fx.GraphModule, values: dict[fx.Node, Any], points: Seque
     given = {nodes[node.name]: value for node, value in values.items()}
     widest = max((node.meta["layout"].elements for node in module.graph.nodes if "layout" in node.meta), default=1)
     found = {}
+    varying = _varying(module)
     with torch.no_grad():
         for site in points:
             point = nodes[site.output]
             sizes = _sizes(point)
             if len(sizes) < 3 or not 1 < sizes[1] <= MOST_ROWS or site.blocks or site.weight_noise is not None:
                 continue
-            if any(map(_stops, downstream([point]) - output_nodes(module) - {point})):
+            behind = downstream([point]) - output_nodes(module) - {point}
+            if any(_stops(node) or _selects(node, varying) for node in behind):
                 continue
             chunks = torch.arange(sizes[1]).split(max(1, _ELEMENTS // widest))
             reach = torch.cat([_Run(module, given, point, rows).reached(returned[0]) for rows in chunks])
@@ -64,12 +67,45 @@ def _sizes(node: fx.Node) -> tuple[int, ...]:
     return layout.sizes if layout is not None and (layout.dim, layout.outer, layout.sizes[:1]) == (0, 1, (1,)) else ()
 
 
+def _varying(module: fx.GraphModule) -> set[fx.Node]:
+    """What another step may have otherwise: all but constants, and buffers that no step changes."""
+    changed = {output.name for output, _ in outputs(module) if output.kind == "mutation"}
+    found: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            fixed = node.meta["role"] == Role.CONSTANT
+            varies = not fixed and (node.meta["role"] != Role.BUFFER or node.meta["target"] in changed)
+        else:  # a size is no value
+            varies = node.target != torch.ops.aten.sym_size.int and any(n in found for n in node.all_input_nodes)
+        if varies:
+            found.add(node)
+    return found
+
+
 def _stops(node: fx.Node) -> bool:
     """Whether an operation can hide that its input is NaN."""
+    if node.op != "call_function":
+        return False
+    if _is_whole(node) or (isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in _KNOWN):
+        return True
+    return getattr(node.target, "__name__", "").startswith(_STOPPING)
+
+
+def _selects(node: fx.Node, varying: set[fx.Node]) -> bool:
+    """Whether an operation lets through what a mask or an index says that is another one in other steps."""
+    arithmetic = getattr(node.target, "__name__", "").partition(".")[0] in ("add", "sub", "mul", "div", "_to_copy")
+    return not arithmetic and any(_is_whole(source) and source in varying for source in node.all_input_nodes)
+
+
+def _is_whole(node: fx.Node) -> bool:
     val = node.meta.get("val")
-    whole = isinstance(val, Tensor) and not val.is_floating_point()
-    name = getattr(node.target, "__name__", "")
-    return node.op == "call_function" and (whole or name.startswith(("nan", "fmax", "fmin", "heaviside", "sign")))
+    return isinstance(val, Tensor) and not val.is_floating_point()
+
+
+_KNOWN = ("aten", "prims", "onward")
+_STOPPING = ("nan", "fmax", "fmin", "heaviside", "sign", "sgn", "copysign", "sort", "msort", "topk", "kthvalue", "mode",
+             "pow.Tensor_Tensor", "pow.Scalar")  # fmt: skip
+"""How operations begin that give a number for NaN, or put it in the last place of an order."""
 
 
 class _Run(fx.Interpreter):

@@ -8,7 +8,7 @@ what depends on them alone is computed here, once, and every copy shares it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ..passes.add_sample_axis import add_sample_axis
 from ..passes.errors import BatchError, CaptureError, UnsupportedModelError
@@ -79,7 +79,7 @@ def capture_whole(model: nn.Module, example_inputs: Any) -> CapturedModel:
 
 class _KnownValues(TorchFunctionMode):
     """Lets what depends on real tensors alone be computed while the rest is traced: the edges are real, so that a mask
-    over them, or the largest node's number, is a number and no symbol.
+    over them, or the largest node's number, is a number and no symbol. Random operations are traced.
 
     A fresh tensor (``torch.zeros``) is traced, since features may be written into it, and has a real twin for as long
     as nothing but real values is.
@@ -98,11 +98,17 @@ class _KnownValues(TorchFunctionMode):
         writes = func is Tensor.__setitem__ or (name.endswith("_") and not name.endswith("__"))
         into_fresh = bool(leaves) and writes and id(leaves[0]) in self.twins
         if (known and leaves and not into_fresh) or func is torch.arange:
-            return self._on_real(func, args, kwargs)
-        if into_fresh and known:
-            self._on_real(func, args, kwargs)
-        elif into_fresh:
-            del self.twins[id(leaves[0])]
+            with suppress(_DrawsError):
+                return self._on_real(func, args, kwargs)
+            return func(*args, **kwargs)
+        if into_fresh:
+            try:
+                if known:
+                    self._on_real(func, args, kwargs)
+            except _DrawsError:
+                known = False
+            if not known:
+                del self.twins[id(leaves[0])]
         if func is Tensor.__getitem__ or func is Tensor.__setitem__:  # a mask has a known number of places
             args = (args[0], self._places(args[1]), *args[2:])
         result = func(*args, **kwargs)
@@ -115,7 +121,7 @@ class _KnownValues(TorchFunctionMode):
             return self.twins[id(leaf)][1] if isinstance(leaf, Tensor) and id(leaf) in self.twins else leaf
 
         args, kwargs = pytree.tree_map(real, (args, kwargs))
-        with _disable_current_modes():
+        with _disable_current_modes(), _NoDraws():  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
 
     def _places(self, index: Any) -> Any:
@@ -131,6 +137,19 @@ class _KnownValues(TorchFunctionMode):
         if not _is_real(index) and id(index) not in self.twins:
             return index
         return self._on_real(lambda mask: mask.nonzero(as_tuple=True), (index,), {})
+
+
+class _DrawsError(Exception):
+    """An operation draws random numbers: those of a step are its own, so that it has to be traced."""
+
+
+class _NoDraws(TorchDispatchMode):
+    """Raises `_DrawsError` before a random number is drawn."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise _DrawsError
+        return func(*args, **(kwargs or {}))
 
 
 _FRESH = (torch.zeros, torch.ones, torch.full, torch.tensor)

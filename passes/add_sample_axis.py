@@ -346,7 +346,9 @@ _RULES: dict[Any, _Rule] = {
          _aten.rand_like.default, _aten.randn_like.default, _aten.bernoulli.default, _aten.bernoulli.p,
          _aten.scaled_dot_product_attention.default, _aten.log_sigmoid.default, _aten.contiguous.default,
          _aten.to.dtype, _aten.rms_norm.default), _same),
-    **dict.fromkeys((_aten.prelu.default, _aten.masked_fill.Tensor, _aten.copy.default), _pointwise),
+    **dict.fromkeys(
+        (_aten.prelu.default, _aten.masked_fill.Tensor, _aten.copy.default, _aten.hardswish.default,
+         _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar), _pointwise),
     **dict.fromkeys(
         (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.flatten.using_ints,
          _aten.unflatten.int, _aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.unsqueeze.default,

@@ -79,14 +79,15 @@ def _trace(
     ]  # fmt: skip
     weights = [node.meta["val"] for node in parameters]
     ends = [nodes[name].meta["val"] for name in site.ends]
-    key = _structure(region, [*values, *weights, *ends]) if isinstance(region, fx.GraphModule) else site
+    key = _structure(region, values, weights, ends) if isinstance(region, fx.GraphModule) else site
     if key not in known:
         known[key] = _vjp(region, values, weights, ends, batch_symbol(module), core)
     return _normal_form(known[key], site, operands, [nodes[name] for name in operands], parameters, core, computed)
 
 
-def _structure(region: fx.GraphModule, values: list[Any]) -> Any:
-    """What a region's vjp depends on: its operations, and what its operands, parameters and results are like."""
+def _structure(region: fx.GraphModule, *values: list[Any]) -> Any:
+    """What a region's vjp depends on: its operations, and what its operands, parameters and results are like (apart: a
+    frozen weight is an operand)."""
     number = {node: place for place, node in enumerate(region.graph.nodes)}
 
     def unnamed(node: fx.Node) -> Any:
@@ -94,7 +95,7 @@ def _structure(region: fx.GraphModule, values: list[Any]) -> Any:
             return ()
         return str(node.target), repr(fx.map_arg((node.args, node.kwargs), lambda source: f"%{number[source]}"))
 
-    return tuple(unnamed(node) for node in region.graph.nodes), tuple(_likeness(value) for value in values)
+    return tuple(unnamed(node) for node in region.graph.nodes), tuple(tuple(map(_likeness, each)) for each in values)
 
 
 def _likeness(value: Any) -> Any:

@@ -119,6 +119,14 @@ def test_a_frozen_prefix_is_run_once_for_all_copies() -> None:
     assert not any(name.startswith(lower) for name in trained)
 
 
+def test_of_two_equal_layers_one_may_have_a_frozen_weight() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight.requires_grad_(False)
+    x = torch.randn(3, 4)
+    onward.compile(model, x, loss=F.cross_entropy).step(x, torch.arange(3))
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == ["2.weight"]
+
+
 # --- what it learns ---------------------------------------------------------------------------------------------------
 
 

@@ -215,6 +215,21 @@ def test_the_loss_counts_known_nodes_only(estimator: Any) -> None:
     assert runs == pytest.approx([expected] * 2, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]).double(), label_smoothing=0.1),
+     nn.KLDivLoss(reduction="batchmean")],
+)  # fmt: skip
+def test_torchs_own_means_are_the_graphs(loss: nn.Module) -> None:
+    x, edges, target = case()
+    classes = target if isinstance(loss, nn.CrossEntropyLoss) else F.one_hot(target.clamp(min=0), 3).double()
+    model = network()
+    program = onward.compile(model, (x, edges), loss=loss, estimator=EXACT, unbatched=True)
+    program.step((x, edges), classes)
+    for found, expected in zip(gradients(model), by_autograd(model, (x, edges), classes, loss), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_mask_that_leaves_no_node_is_an_error() -> None:
     x, edges, target = case()
     model = network()
@@ -288,6 +303,70 @@ def test_a_comparison_hides_the_reach_and_the_whole_graph_counts() -> None:
     assert list(program.compiled.reached) == [1]
     program.step((x, edges), target)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in program.model.parameters())
+
+
+@pytest.mark.parametrize("hidden", ["feature", "weight", "random", "order", "sign"])
+def test_what_hides_a_nan_or_selects_otherwise_in_another_step_has_no_reach(hidden: str) -> None:
+    """Nodes reach their neighbours only where a mask that another step has otherwise says so, or in a sorted order."""
+    hide: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "feature": lambda x, h: torch.where(x[:, :1] > 100, h, 0),
+        "weight": lambda x, h: h.masked_fill(model.one.bias.detach()[:1] < 100, 0),
+        "random": lambda x, h: torch.where(torch.rand_like(h) > 0.5, h, 0),
+        "order": lambda x, h: h.sort(0)[0][:1],
+        "sign": lambda x, h: torch.sgn(h) * h.mean().sgn(),
+    }
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+            h = self.one(x)
+            return self.two(h + hide[hidden](x, torch.zeros_like(h).index_add(0, edge_index[1], h[edge_index[0]])))
+
+    x, edges, _ = case()
+    model = Masked().double()
+    program = onward.compile(model, (x, edges), loss=F.cross_entropy, unbatched=True)
+    assert list(program.compiled.reached) == [1]
+
+
+@pytest.mark.parametrize("couples", [False, True])
+def test_a_loss_that_couples_the_nodes_counts_as_a_whole(couples: bool) -> None:
+    """One number a node, but of others' outputs too (here a contrast with all): the sum alone is unbiased."""
+    nodes = 16
+
+    def contrast(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output @ output.T if couples else output, target, reduction="none")
+
+    x, edges, _ = case(nodes)
+    target = torch.arange(nodes) if couples else torch.arange(nodes) % 3
+    model = network()
+    expected = torch.cat(
+        [each.flatten() for each in by_autograd(model, (x, edges), target, lambda *a: contrast(*a).mean())]
+    )
+    estimator = LikelihoodRatio(groups="layerwise", copies=4096, sigma=1e-3)
+    program = onward.compile(model, (x, edges), loss=contrast, estimator=estimator, unbatched=True)
+    program.step((x, edges), target)
+    found = torch.cat([each.flatten() for each in gradients(model)])
+    assert program.compiled.reached
+    assert float((found - expected).norm() / expected.norm()) < 0.3  # credited node by node, 0.9 where it couples
+
+
+def test_random_numbers_of_known_shape_are_drawn_in_every_step() -> None:
+    class Random(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+            kept = torch.bernoulli(torch.full((len(x), 1), 0.5, dtype=x.dtype))
+            return self.lin(x * kept) * F.dropout(torch.ones(len(x), 1, dtype=x.dtype), 0.5, self.training)
+
+    x, edges, target = case()
+    program = onward.compile(Random().double(), (x, edges), loss=F.cross_entropy, unbatched=True)
+    losses = {float(program.step((x, edges), target)) for _ in range(4)}
+    assert len(losses) == 4
 
 
 def test_credit_by_reach_is_unbiased_and_has_the_variance_that_theory_says() -> None:
