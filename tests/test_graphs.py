@@ -215,6 +215,12 @@ def test_the_loss_counts_known_nodes_only(estimator: Any) -> None:
     assert runs == pytest.approx([expected] * 2, rel=1e-6)
 
 
+def test_edges_to_nodes_that_are_not_there_are_an_error() -> None:
+    x, edges, _ = case()
+    with pytest.raises(CaptureError, match="GraphNetwork does not run on the example: index out of range"):
+        onward.compile(network(), (x, edges + len(x)), loss=F.cross_entropy, unbatched=True)
+
+
 def test_a_mask_that_leaves_no_node_is_an_error() -> None:
     x, edges, target = case()
     model = network()
