@@ -96,7 +96,8 @@ def _compile_located(
     if mixes_samples and estimator.credit == "sample":
         raise UnsupportedModelError(
             f"{mixes_samples} mixes the samples of a batch, so a sample's loss does not belong to its own noise alone. "
-            'Use LikelihoodRatio(credit="batch"), which takes one loss for the whole batch.'
+            'Use LikelihoodRatio(credit="batch"), which takes one loss for the whole batch; if the input is one whole '
+            "graph, whose nodes are no batch, compile with unbatched=True."
         )
 
     if estimator.sampling == "error":

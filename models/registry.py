@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ..passes.errors import OptionError, unknown_name
+from ..passes.errors import OnwardError, OptionError, unknown_name
 from .binarised import binarised_cnn, binarised_mlp
 from .gpt import gpt
 from .graph import gat, gcn
@@ -147,7 +147,7 @@ def build(name: str, **options: object) -> nn.Module:
 
     Raises:
         UnknownNameError: As `find_factory`; or an option that the factory does not have.
-        OptionError: As `find_factory`; or the factory needs further options, or does not return an `nn.Module`.
+        OptionError: As `find_factory`; or the factory needs further options, fails, or does not return an `nn.Module`.
     """
     factory = find_factory(name)
     check_options(name, options)
@@ -157,7 +157,13 @@ def build(name: str, **options: object) -> nn.Module:
             signature.bind(**options)
         except TypeError as error:
             raise OptionError(f"model {name!r}: {error}. It takes {signature}.") from error
-    model = factory(**options)
+    try:
+        model = factory(**options)
+    except OnwardError:
+        raise
+    except Exception as error:  # Such as a width that is a word. A factory may be anybody's code.
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"
+        raise OptionError(f"model {name!r} cannot be built with {given}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise OptionError(f"model {name!r} returned a {type(model).__name__}, not a torch.nn.Module.")
     return model

@@ -292,7 +292,10 @@ def _check_reached(module: fx.GraphModule) -> None:
                 "show how the loss depends on it. Return it detached (`.detach()`), or compute it in the loss."
             )
     if not any(node.meta["trainable"] for node in placeholders(module, Role.PARAMETER)):
-        raise UnreachedParameterError("the model has no trainable parameter: there is nothing to train.")
+        raise UnreachedParameterError(
+            "the model has no trainable parameter: there is nothing to train. Before compiling, call "
+            "requires_grad_(True) on what is to be trained; if the model has no parameters, give it a layer that has."
+        )
     missing = [
         node
         for node in placeholders(module, Role.PARAMETER)

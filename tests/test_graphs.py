@@ -230,6 +230,12 @@ def test_torchs_own_means_are_the_graphs(loss: nn.Module) -> None:
         torch.testing.assert_close(found, expected)
 
 
+def test_edges_to_nodes_that_are_not_there_are_an_error() -> None:
+    x, edges, _ = case()
+    with pytest.raises(CaptureError, match="GraphNetwork does not run on the example: index out of range"):
+        onward.compile(network(), (x, edges + len(x)), loss=F.cross_entropy, unbatched=True)
+
+
 def test_a_mask_that_leaves_no_node_is_an_error() -> None:
     x, edges, target = case()
     model = network()

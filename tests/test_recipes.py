@@ -224,8 +224,8 @@ def test_backpropagation_trains_the_models_twin(tmp_path: Path, monkeypatch: pyt
     """From the same weights, and with the derivative that the model itself does not have."""
     started: list[tuple[Backpropagation, dict[str, Tensor]]] = []
 
-    def record(*arguments: Any) -> Backpropagation:
-        made = Backpropagation(*arguments)
+    def record(*arguments: Any, **options: Any) -> Backpropagation:
+        made = Backpropagation(*arguments, **options)
         started.append((made, {name: value.clone() for name, value in made.model.state_dict().items()}))
         return made
 
@@ -238,6 +238,14 @@ def test_backpropagation_trains_the_models_twin(tmp_path: Path, monkeypatch: pyt
     assert own.keys() == first.keys()
     assert all(torch.equal(own[name], first[name]) for name in own)
     assert not torch.equal(made.model.state_dict()["fc1.weight"], first["fc1.weight"])
+
+
+@pytest.mark.parametrize(("segments", "perturbed"), [("auto", False), ("op", True)])
+def test_the_table_says_where_nothing_is_perturbed(segments: str, perturbed: bool) -> None:
+    table = call(
+        "train", "--recipe", "gcn", "--epochs", 1, "-q", "--segments", segments, "--reach", "0" if perturbed else "1"
+    )
+    assert ("nothing was perturbed" not in table.stdout) == perturbed
 
 
 def test_both_methods_see_the_same_augmented_batches(tmp_path: Path) -> None:

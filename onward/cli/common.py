@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -17,11 +18,11 @@ from ..compiler.driver import compile_model
 from ..compiler.estimator import SEGMENTS, LikelihoodRatio
 from ..compiler.program import CompiledModel
 from ..freezing import freeze
-from ..models import Dataset, build_for, load, twin_of
-from ..passes.errors import DataError, OptionError
+from ..models import MODELS, Dataset, build_for, load, twin_of
+from ..passes.errors import BatchError, CaptureError, DataError, OptionError
 from ..runtime.calibration.record import Calibration
 from .options import Common
-from .recipes import Recipe, see_working_directory
+from .recipes import Recipe, recipe_for, see_working_directory
 
 DEVICES = ("cpu", "cuda")
 
@@ -145,9 +146,53 @@ def settings_of(estimator: LikelihoodRatio | Calibration) -> LikelihoodRatio:
 
 def compile_setup(setup: Setup) -> CompiledModel:
     """The model compiled as the options say."""
-    if isinstance(setup.estimator, Calibration):
-        return setup.estimator.compile(setup.model, setup.example, unbatched=setup.dataset.unbatched)
-    return compile_model(setup.model, setup.example, setup.estimator, unbatched=setup.dataset.unbatched)
+    with fitting(setup):
+        if isinstance(setup.estimator, Calibration):
+            return setup.estimator.compile(setup.model, setup.example, unbatched=setup.dataset.unbatched)
+        return compile_model(setup.model, setup.example, setup.estimator, unbatched=setup.dataset.unbatched)
+
+
+@contextmanager
+def fitting(setup: Setup) -> Iterator[None]:
+    """Inside, an error of a model that does not take what the data set gives says what that is, and what would fit."""
+    try:
+        yield
+    except (BatchError, CaptureError) as error:
+        raise type(error)(f"{error}\n{_misfit(setup)}") from error
+
+
+def check_loss(setup: Setup) -> None:
+    """Run the model on the example and the data set's loss on what it gives, which leaves the model as it was.
+
+    Raises:
+        OptionError: The loss cannot be computed of that output and the data set's targets.
+    """
+    example, target = setup.dataset.batch(setup.recipe.training.batch_size)
+    buffers = {name: buffer.clone() for name, buffer in setup.model.named_buffers()}
+    with torch.no_grad(), torch.random.fork_rng():
+        inputs = example if isinstance(example, tuple) else (example,)
+        output = torch.func.functional_call(setup.model, buffers, inputs)
+        try:
+            setup.dataset.loss(output, target)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            given = _described(output) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+            raise OptionError(
+                f"the loss of the data set does not take the model's output, {given}, with its targets, "
+                f"{_described(target)}: {error}\n{_misfit(setup)}"
+            ) from error
+
+
+def _misfit(setup: Setup) -> str:
+    recipe, example = setup.recipe, setup.example
+    inputs = " and ".join(map(_described, example if isinstance(example, tuple) else (example,)))
+    own = recipe_for(recipe.model).data
+    fits = f" The model's own recipe is on {own!r}." if recipe.model in MODELS and own != recipe.data else ""
+    return f"Model {recipe.model!r} on data {recipe.data!r}, whose inputs are {inputs}.{fits}"
+
+
+def _described(tensor: torch.Tensor) -> str:
+    """A tensor's dtype and shape: ``float32 [32, 1, 8, 8]``."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _without_feedback(settings: dict[str, Any]) -> bool:

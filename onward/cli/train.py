@@ -25,7 +25,7 @@ from ..runtime.training.metrics import jsonable
 from ..runtime.training.trainable import TrainableProgram
 from ..runtime.training.trainer import Trainer
 from ..runtime.versions import versions as software_versions
-from .common import Setup, set_up, settings_of, to_json
+from .common import Setup, check_loss, fitting, set_up, settings_of, to_json
 from .options import MODEL_HELP, Common, with_common
 from .recipes import Recipe, find_recipe, recipe_for
 from .training import Training, make_optimizer, make_scheduler
@@ -33,6 +33,13 @@ from .training import Training, make_optimizer, make_scheduler
 _MODEL = "Model and data"
 _TRAINING = "Training"
 _OUTPUT = "Output"
+
+
+UNPERTURBED = (
+    "nothing was perturbed: the reach covers the whole model, so its gradients are backpropagation's; "
+    "--segments op --reach 0 has none"
+)
+"""What the table says of such a model: its row is no evidence for training forward-only."""
 
 
 @dataclass(frozen=True)
@@ -174,17 +181,19 @@ def train(
         raise OptionError("--resume needs the --directory of the run.")
     console = Console()
     start = setup.twin() if compare_bp else None
-    program = compile_program(
-        setup.model,
-        setup.example,
-        loss=setup.dataset.loss,
-        estimator=setup.estimator,
-        unbatched=setup.dataset.unbatched,
-        seed=common.seed,
-        workers=workers,
-        streams=streams,
-        memory=memory,
-    )
+    with fitting(setup):
+        program = compile_program(
+            setup.model,
+            setup.example,
+            loss=setup.dataset.loss,
+            estimator=setup.estimator,
+            unbatched=setup.dataset.unbatched,
+            seed=common.seed,
+            workers=workers,
+            streams=streams,
+            memory=memory,
+        )
+    check_loss(setup)
     if not quiet:
         _announce(console, common.seed, setup)
     trainer_options = {"directory": directory, "checkpoint_every": checkpoint_every, "tensorboard": tensorboard}
@@ -197,7 +206,7 @@ def train(
     if json_file is not None:
         result = _result(common, setup, outcome, reference)
         write_whole(json_file, to_json(jsonable(result)))
-    console.print(_table(outcome, reference, setup.recipe))
+    console.print(_table(outcome, reference, setup.recipe, perturbs=bool(program.compiled.runs)))
     if interrupted:
         goes_on = directory is not None and outcome.history.interrupted
         hint = " Go on with the same command and --resume." if goes_on else ""
@@ -273,8 +282,9 @@ def _result(common: Common, setup: Setup, outcome: Outcome, reference: Outcome |
     return result if reference is None else result | {"bp": reference.to_json()}
 
 
-def _table(outcome: Outcome, reference: Outcome | None, recipe: Recipe) -> Table:
+def _table(outcome: Outcome, reference: Outcome | None, recipe: Recipe, *, perturbs: bool) -> Table:
     table = Table()
+    notes = [] if perturbs else [UNPERTURBED]
     table.add_column("method")
     for heading in ("test accuracy", "test loss", "seconds", "forwards", "a sample and step"):
         table.add_column(heading, justify="right")
@@ -283,7 +293,8 @@ def _table(outcome: Outcome, reference: Outcome | None, recipe: Recipe) -> Table
         rows.append(("backpropagation", reference, "1.0 + a backward"))
         if recipe.model in TWINS:
             options = ", ".join(f"{name}={value}" for name, value in TWINS[recipe.model].items())
-            table.caption = f"backpropagation trains the model with {options}"
+            notes.append(f"backpropagation trains the model with {options}")
+    table.caption = "\n".join(notes) or None
     for name, one, each in rows:
         table.add_row(
             name, f"{one.test_accuracy:.4f}", f"{one.test_loss:.4f}", f"{one.seconds:.1f}", quantity(one.forwards), each

@@ -61,8 +61,8 @@ class Training:
         ):
             if name not in known:
                 raise unknown_name(kind, name, known)
-        if self.epochs < 0:
-            raise OptionError(f"epochs={self.epochs}: the number of epochs cannot be negative.")
+        if self.epochs < 1:
+            raise OptionError(f"epochs={self.epochs}: a run needs at least one epoch.")
         if self.batch_size < 1:
             raise OptionError(f"batch_size={self.batch_size}: a batch needs at least one sample.")
         if not (self.lr > 0 and math.isfinite(self.lr)):
@@ -75,7 +75,9 @@ class Training:
         schedule = [] if self.schedule == "constant" else [f"{self.schedule} schedule"]
         augment = [] if self.augment == "none" else [f"augmented by {self.augment}"]
         named = [self.optimizer, f"learning rate {self.lr:g}", *decay, *schedule]
-        return ", ".join([*named, f"batches of {self.batch_size}", *augment, f"{self.epochs} epochs"])
+        return ", ".join(
+            [*named, f"batches of {self.batch_size}", *augment, f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"]
+        )
 
 
 def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
