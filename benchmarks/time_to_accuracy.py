@@ -69,6 +69,10 @@ class Pair:
     auto: Curve
 
 
+IMAGES = [name for name, case in CASES.items() if case.data in ("digits", "mnist5k")]
+"""The cases that it is for."""
+
+
 def settings(name: str, epochs: int | None) -> Training:
     """The recipe of a case."""
     case, training = CASES[name], recipe_for(CASES[name].model).training
@@ -83,7 +87,7 @@ def programs(name: str, seed: int, batch: int) -> tuple[Backpropagation, Program
     torch.manual_seed(seed)
     net = models.build_for(case.model, dataset, **case.options)
     torch.manual_seed(seed)
-    twin = models.build_for(case.model, dataset, **case.options, **case.twin)
+    twin = models.build_for(case.model, dataset, **{**case.options, **models.TWINS.get(case.model, {})})
     example = dataset.train.tensors[0][:batch]
     program = compile_program(net, (example,), loss=F.cross_entropy, estimator=LikelihoodRatio.auto(), seed=seed)
     return Backpropagation(twin, F.cross_entropy, seed), program
@@ -202,7 +206,7 @@ def parts_table(name: str, found: dict[str, dict[str, float]]) -> Table:
 def main(argv: list[str] | None = None) -> None:
     """Train everything and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=["mlp", "resnet5"], metavar="NAME")
+    parser.add_argument("--cases", nargs="+", choices=IMAGES, default=["mlp", "resnet5"], metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], metavar="S")
     parser.add_argument("--points", type=float, default=0.5, help="below backpropagation's accuracy at its end")
     parser.add_argument("--epochs", type=int, help="in place of the cases'")

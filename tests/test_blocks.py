@@ -550,7 +550,7 @@ def test_the_error_shrinks_as_derived(size: int) -> None:
     assert BOUND * error < expected, "an error of a factor of two would be found"
 
 
-@hypothesis.settings(max_examples=25, phases=PHASES, deadline=None)
+@hypothesis.settings(max_examples=15, phases=PHASES, deadline=None)
 @hypothesis.given(
     shapes=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 6)), min_size=1, max_size=3),
     size=st.integers(1, 7),

@@ -231,9 +231,7 @@ def test_interrupted_by_the_signal_itself(compiled: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_AS and /proc")
-@pytest.mark.parametrize(
-    "settings", ["groups='joint'", "groups='joint', capture='sign', score='sign', noise='gaussian'"]
-)
+@pytest.mark.parametrize("settings", ["groups='joint', capture='sign', score='sign', noise='gaussian'"])
 def test_out_of_memory_suggests_a_chunk_that_fits(settings: str) -> None:
     """With room for about 35 of 160 copies; the suggested chunk then works under the same limit."""
     script = f"""

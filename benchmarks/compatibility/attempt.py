@@ -40,7 +40,7 @@ class Outcome:
     sites: int = 0
     """Gradient subgraphs under ``auto``."""
     operations: int = 0
-    """The same with ``reach=0, segments="op"``: no backpropagation, every operation by itself; 0 if that failed."""
+    """The same with ``reach=0, segments="op"``: no backpropagation, every operation by itself; 0 if not tried, or failed."""
     unused: tuple[str, ...] = ()
     """Trainable parameters that its forward never uses: Onward names them, and goes on once they are frozen."""
     reason: str = ""
@@ -71,6 +71,8 @@ def attempt(name: str) -> Outcome:
         sites, unused = _train(built)
         found = dataclasses.replace(found, steps=True, sites=sites, unused=unused)
         found = dataclasses.replace(found, seconds=time.perf_counter() - started)
+        if not LIBRARIES[library].operations:
+            return found
         operations, _ = _train(built, reach=0, segments="op")
     except Exception as error:  # what is looked for
         ours = isinstance(error, onward.errors.OnwardError)

@@ -20,7 +20,8 @@ random weights, small, in training mode.
 - *Compiles*: `onward.compile(model, inputs, loss=…, estimator="auto")` takes it, and two steps give every trainable
   parameter a finite gradient. Not that it was trained to an accuracy: [results.md](results.md) has those.
 - *Sites*: its gradient subgraphs under `auto`, which pulls gradients back locally, in a shallow transformer most of the
-  way. *Operations*: those with `reach=0, segments="op"`, where nothing is pulled back and every operation is by itself.
+  way. *Operations*: those with `reach=0, segments="op"`, where nothing is pulled back and every operation is by itself
+  (tried with `transformers` and `torch_geometric`).
 - *Unused*: parameters that its forward never reads. Onward names them, and they were frozen (`onward.freeze`), as its
   message asks.
 
