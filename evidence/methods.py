@@ -30,6 +30,7 @@ from torch import nn
 from ..compiler.cost import count_flops
 from ..compiler.driver import compile_model
 from ..compiler.estimator import LikelihoodRatio
+from ..passes.graph import Kind
 from ..runtime.loss import Loss
 from ..runtime.program import Program
 from ..runtime.training.trainable import TrainableProgram
@@ -72,11 +73,17 @@ class Method:
 
 
 def pulled_back(program: TrainableProgram) -> float:
-    """Forwards that a sample's gradients are pulled back over in a step: FLOPs of the operations behind each site that
-    its gradient goes back through, over those of a forward; an operation counts for every gradient that does."""
+    """Forwards that a sample's gradients are pulled back over in a step: FLOPs of the operations that its gradients go
+    back through (behind a site, and inside a segment all that read its own activations), over those of a forward; an
+    operation counts for every gradient that does."""
     assert isinstance(program, Program)
     flops = count_flops(program.compiled.captured.module)
-    back = sum(flops.get(name, 0) for gradient in program.compiled.gradients for name in gradient.site.beyond)
+    nodes = {node.name: node for node in program.compiled.graph.graph.nodes}
+    back = 0.0
+    for gradient in program.compiled.gradients:
+        inside = {name for name in gradient.site.region if nodes[name].meta.get("kind") == Kind.ACTIVATION}
+        through = [name for name in inside if any(source.name in inside for source in nodes[name].all_input_nodes)]
+        back += sum(flops.get(name, 0) for name in (*through, *gradient.site.beyond))
     return back / sum(flops.values()) if back else 0.0
 
 

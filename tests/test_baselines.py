@@ -476,6 +476,9 @@ def test_what_auto_pulls_back_is_counted_by_its_operations():
 
     assert of("auto") == pytest.approx((36 + 18) / (30 + 36 + 18))
     assert of("auto-op") == 0
+    one = onward.LikelihoodRatio.auto(segments=1)  # all three in one segment: backpropagation, whatever it is called
+    program = onward.compile(model, inputs, loss=F.cross_entropy, estimator=one)
+    assert pulled_back(program) == pytest.approx((36 + 18) / (30 + 36 + 18))
 
 
 def test_backpropagation_is_refused_where_there_is_no_derivative():

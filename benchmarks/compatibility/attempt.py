@@ -40,7 +40,7 @@ class Outcome:
     sites: int = 0
     """Gradient subgraphs under ``auto``."""
     operations: int = 0
-    """The same with ``reach=0, segments="op"``: no backpropagation, every operation by itself; 0 if not tried, or failed."""
+    """The same with ``reach=0, segments="op"``: every operation by itself; 0 if not tried, or failed."""
     unused: tuple[str, ...] = ()
     """Trainable parameters that its forward never uses: Onward names them, and goes on once they are frozen."""
     reason: str = ""
