@@ -198,8 +198,7 @@ cs3darknet_focus_s lcnetv2_small xcit_nano_12_p8_224 swiftformer_xs inception_ne
 convnext_atto efficientnet_lite0 pvt_v2_b0 rexnet_100 mobileone_s1 hardcorenas_b hgnetv2_b0 pit_ti_224 repvit_m1
 cpubone_nano tiny_vit_5m_224 regnetx_004_tv coat_tiny eva02_tiny_patch14_224 convit_tiny efficientvim_m1 gmlp_ti16_224
 shvit_s1 vit_tiny_patch16_224 vit_tiny_r_s16_p8_224 deit_tiny_patch16_224 crossvit_tiny_240 skresnet18 resnet14t dpn48b
-eca_botnext26ts_256 resnest14d visformer_tiny resnetv2_18 legacy_seresnet18
-poolformerv2_s12
+eca_botnext26ts_256 resnest14d visformer_tiny resnetv2_18 legacy_seresnet18 poolformerv2_s12
 """
 """The smallest architecture, or one of the smallest, of most families that timm has below 20 million parameters."""
 
