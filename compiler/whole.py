@@ -7,6 +7,7 @@ what depends on them alone is computed here, once, and every copy shares it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -20,8 +21,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ..passes.add_sample_axis import add_sample_axis
-from ..passes.errors import BatchError, CaptureError, UnsupportedModelError
-from ..passes.graph import Kind, Role, append_placeholder, clone, describe, finish, placeholders
+from ..passes.errors import BatchError, CaptureError, OnwardError, UnsupportedModelError
+from ..passes.graph import Kind, Role, append_placeholder, clone, describe, finish, outputs, placeholders
 from ..passes.key_random_operations import is_random
 from .capture import CapturedModel, Signature, as_call, captured_model, check_arguments, check_runs, first_lines, quiet
 
@@ -69,7 +70,16 @@ def capture_whole(model: nn.Module, example_inputs: Any) -> CapturedModel:
         else leaf
         for index, leaf in enumerate(leaves)
     )
-    alone = captured_model(exported, model, Signature(spec, described, 1, whole=True), "export")
+    try:
+        alone = captured_model(exported, model, Signature(spec, described, 1, whole=True), "export")
+    except RuntimeError as error:
+        if isinstance(error, OnwardError):
+            raise
+        raise CaptureError(
+            f"{type(model).__name__} could not be captured on one whole graph:\n  {first_lines(error)}\n"
+            "Usual cause: it writes into a part of a fresh tensor (`out[index] += h`, `out[2:].add_(h)`); write "
+            "`out = out.index_add(0, index, h)`."
+        ) from error
     for node in placeholders(alone.module, Role.INPUT):
         node.meta["target"] = at[node.meta["target"]]
     module = add_sample_axis(alone.module)
@@ -226,6 +236,7 @@ def _compare(alone: CapturedModel, module: fx.GraphModule, model: nn.Module, lea
     both = _Values(module, values(module, None)).results
     for number in range(2):
         one = _Values(alone.module, values(alone.module, number)).results
+        _compare_with_model(alone, one, model, {index: pair[number] for index, pair in samples.items()}, leaves)
         for node in alone.module.graph.nodes:
             expected, found = one.get(node.name), both.get(node.name)
             if node.op != "call_function" or not isinstance(expected, Tensor) or not isinstance(found, Tensor):
@@ -241,6 +252,29 @@ def _compare(alone: CapturedModel, module: fx.GraphModule, model: nn.Module, lea
                     "graph cannot stand side by side. Write it with operations on nodes: products, index_select, "
                     "scatter_add, pointwise ones."
                 )
+
+
+def _compare_with_model(
+    alone: CapturedModel, results: dict[str, Any], model: nn.Module, sample: dict[int, Tensor], leaves: list[Any]
+) -> None:
+    """Compare what the captured graph returns for a sample with what the model does, if it draws no random numbers.
+
+    Raises:
+        CaptureError: they differ: some of what was taken for known depends on the features.
+    """
+    if any(node.op == "call_function" and is_random(node) for node in alone.module.graph.nodes):
+        return
+    args, kwargs = pytree.tree_unflatten([sample.get(i, leaf) for i, leaf in enumerate(leaves)], alone.signature.spec)
+    with torch.no_grad(), quiet():
+        expected = pytree.tree_leaves(copy.deepcopy(model)(*args, **kwargs))  # a forward may move its buffers
+    returned = [node for output, node in outputs(alone.module) if output.kind == "output"]
+    found = [results[node.name] if isinstance(node, fx.Node) else node for node in returned]
+    for one, other in zip(found, expected, strict=True):
+        if isinstance(one, Tensor) and not torch.allclose(one.double(), other.double(), 1e-3, 1e-5, equal_nan=True):
+            raise CaptureError(
+                f"{type(model).__name__} returns other values than the graph that was captured of it. A value that "
+                "decides sizes, masks or branches depends on the features; keep it a tensor (torch.where)."
+            )
 
 
 def _folded(captured: CapturedModel) -> CapturedModel:

@@ -531,3 +531,38 @@ def test_every_data_set_says_whether_it_is_one_graph() -> None:
     assert load("karate").unbatched
     assert not load("linear").unbatched
     assert re.search("Zachary", load("karate").source)
+
+
+class PartOfFresh(nn.Module):
+    """Writes into a part of a fresh tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        out = torch.zeros(len(x), 3)
+        out[2:].add_(self.layer(x)[2:])
+        return out
+
+
+class OtherWhileExported(nn.Module):
+    """Computes something else while it is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        logits: Tensor = self.layer(x)
+        return logits if torch.compiler.is_exporting() else 2 * logits
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(PartOfFresh, r"writes into a part of a fresh tensor"), (OtherWhileExported, r"returns other values than")],
+)
+def test_what_the_captured_graph_does_not_compute_is_an_error(model: type[nn.Module], message: str) -> None:
+    example = torch.randn(6, 5), torch.tensor([[0, 1, 2], [1, 2, 3]])
+    with pytest.raises(CaptureError, match=message):
+        onward.compile(model(), example, loss=F.cross_entropy, unbatched=True)
