@@ -16,7 +16,7 @@ normalisation that alone reads a site joins it, a cheap local chain that is know
 Writes ``meta["site"]`` (a `Site`) on the node whose value receives the noise.
 
 Declines (with an error that names the parameter or the operation):
-- a trainable parameter that no site reaches, or whose site does not influence the model's output;
+- a trainable parameter that no site reaches, or whose site has no elements or does not influence the model's output;
 - a site whose result is not a floating-point tensor, or has no readable layout.
 """
 
@@ -279,7 +279,7 @@ def _check_reached(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         site = node.meta.get("site")
         if site is not None:
-            if node in influential:
+            if node in influential and site.layout.elements:
                 reached.update(site.parameters)
             else:
                 del node.meta["site"]
@@ -307,7 +307,8 @@ def _check_reached(module: fx.GraphModule) -> None:
         reason = (
             "it is never read in forward, or its result is thrown away"
             if unused
-            else "it is detached, or what it feeds does not combine with an input or never reaches the model's output"
+            else "it is detached, or what it feeds has no elements, does not combine with an input or never reaches the "
+            "model's output"
         )
         raise UnreachedParameterError(
             f"no site reaches the trainable parameter(s) {listed}: {reason}. They would stay untrained. Freeze them "

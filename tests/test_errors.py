@@ -275,6 +275,27 @@ def test_a_weight_behind_an_operation_without_derivative(model: type[nn.Module])
     assert "keep the operation without derivative on the activations" in message
 
 
+class NothingToRead(nn.Module):
+    """A layer for those of the positions that there are none of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.empty = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.layer(x).sum(1) + self.empty(x[:, 2:]).sum(1)
+        return logits
+
+
+def test_a_parameter_that_reads_no_element_is_named() -> None:
+    message = raised(
+        UnreachedParameterError,
+        lambda: onward.compile(NothingToRead(), torch.randn(3, 2, 4), loss=F.cross_entropy),
+    )
+    assert "'empty.weight', 'empty.bias'" in message
+    assert "has no elements" in message
+
+
 def test_a_detached_weight() -> None:
     message = raised(UnreachedParameterError, lambda: compiled(Detached()))
     assert message.startswith("no site reaches the trainable parameter(s) 'first.weight': it is detached, or ")
