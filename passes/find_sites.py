@@ -307,8 +307,8 @@ def _check_reached(module: fx.GraphModule) -> None:
         reason = (
             "it is never read in forward, or its result is thrown away"
             if unused
-            else "it is detached, or what it feeds has no elements, does not combine with an input or never reaches the "
-            "model's output"
+            else "it is detached, or what it feeds has no elements, does not combine with an input or never reaches "
+            "the model's output"
         )
         raise UnreachedParameterError(
             f"no site reaches the trainable parameter(s) {listed}: {reason}. They would stay untrained. Freeze them "
