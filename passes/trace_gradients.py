@@ -132,6 +132,7 @@ def _vjp(
     drop_detaches(traced)
     _functionalize(traced)
     _cancel_transposes(traced)
+    _ask_for_input_gradients(traced)
     traced.graph.eliminate_dead_code()
     return traced
 
@@ -185,6 +186,15 @@ def _cancel_transposes(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         if node.target == transpose and node.args[0].target == transpose:
             node.replace_all_uses_with(node.args[0].args[0])
+
+
+def _ask_for_input_gradients(module: fx.GraphModule) -> None:
+    """On a CPU, torch 2.13's derivative of a group normalisation of images with channels last crashes the process where
+    the gradient of its input is not asked for, as in a site of its own: ask for it, and let it be."""
+    for node in module.graph.nodes:
+        if node.target == torch.ops.aten.native_group_norm_backward.default:
+            *given, wanted = node.args
+            node.args = (*given, [True, *wanted[1:]])
 
 
 def _after(node: fx.Node) -> set[fx.Node]:
