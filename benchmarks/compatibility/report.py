@@ -55,8 +55,8 @@ def write(outcomes: Mapping[str, Outcome], path: Path, *, commands: Sequence[str
     """Write the page; `outcomes` by name, as in `catalogue.LIBRARIES`."""
     groups = {key: [o for name, o in outcomes.items() if name.startswith(f"{key}/")] for key in LIBRARIES}
     parts = [INTRODUCTION.format(commands="\n    ".join(commands), machine=machine, versions=versions)]
-    parts += [_summary(LIBRARIES[key].title, group) for key, group in groups.items()]
-    parts.append(_summary("all", list(outcomes.values())))
+    parts += [_summary(LIBRARIES[key].title, group, LIBRARIES[key].operations) for key, group in groups.items()]
+    parts.append(_summary("all", list(outcomes.values()), False))
     failed = [outcome for outcome in outcomes.values() if outcome.reason]
     parts += [FAILURES, *map(_failure, failed)] if failed else []
     for key, group in groups.items():
@@ -64,11 +64,11 @@ def write(outcomes: Mapping[str, Outcome], path: Path, *, commands: Sequence[str
     path.write_text("".join(parts))
 
 
-def _summary(title: str, group: Sequence[Outcome]) -> str:
+def _summary(title: str, group: Sequence[Outcome], by_operations: bool) -> str:
     exported = [outcome for outcome in group if outcome.exported]
     both = sum(outcome.steps for outcome in exported)
     share = f"{both / len(exported):.0%}" if exported else "–"
-    steps, operations = sum(o.steps for o in group), sum(o.operations > 0 for o in group)
+    steps, operations = sum(o.steps for o in group), sum(o.operations > 0 for o in group) if by_operations else "–"
     return f"| {title} | {len(group)} | {len(exported)} | {steps} | {share} | {operations} |\n"
 
 
@@ -82,6 +82,7 @@ def _row(outcome: Outcome) -> str:
 
 def _failure(outcome: Outcome) -> str:
     text = re.sub(r"\s+", " ", outcome.reason).replace("|", "\\|")
+    text = re.sub(r"/\S*/site-packages/", "", text)
     short = text if len(text) <= 400 else text[:400].rsplit(" ", 1)[0] + " …"
     whose = "" if outcome.ours else "(no message of Onward's) "
     return f"| `{outcome.name}` | {_yes(outcome.exported)} | {_yes(outcome.steps)} | {whose}{short} |\n"
