@@ -19,7 +19,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from rich.console import Console
+from common import announce
 from rich.table import Table
 
 from onward import LikelihoodRatio, models
@@ -27,7 +27,6 @@ from onward import compile as compile_program
 from onward.cli.recipes import recipe_for
 from onward.cli.train import Outcome, run
 from onward.evidence.baselines.backpropagation import Backpropagation
-from onward.evidence.provenance import describe, machine
 from onward.models import TWINS
 
 
@@ -45,8 +44,6 @@ class Case:
 CASES: dict[str, Case] = {
     "mlp": Case("mlp"),
     "resnet5": Case("resnet5"),
-    "sign_mlp": Case("sign_mlp"),
-    "quantised_cnn": Case("quantised_cnn"),
     "mlp-12": Case("mlp", options={"depth": 12}, epochs=20, lr=1e-3),
     "vit": Case("vit"),
     "gcn": Case("gcn", "sbm"),
@@ -57,7 +54,7 @@ CASES: dict[str, Case] = {
     "resnet5-mnist": Case("resnet5", "mnist5k", epochs=15, lr=3e-3),
     "resnet9-mnist": Case("resnet9", "mnist5k", options={"width": 8}, epochs=6),
     "resnet18": Case("resnet18", options={"width": 8}),
-    **{name: Case(name) for name in TWINS if name not in ("sign_mlp", "quantised_cnn")},
+    **{name: Case(name) for name in TWINS},
     **{model: Case(model, "surnames") for model in ("rnn_text", "gru_text", "lstm_text")},
     "gpt": Case("gpt", "python-docs"),
 }
@@ -184,11 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="torch's threads")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run")
     options = parser.parse_args(argv)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    console = Console(width=None if Console().is_terminal else 120)
-    found: dict[str, Any] = machine(torch.device("cpu"))
-    console.print(describe(found), highlight=False)
+    console, found = announce(options.threads)
     results: list[Result] = []
     for name in options.cases:
         for seed in options.seeds:

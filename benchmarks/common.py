@@ -15,6 +15,9 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from rich.console import Console
+
+from onward.evidence.provenance import describe, machine
 
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -62,6 +65,17 @@ def interleave(
             if number >= 0:
                 times[name].append(clock() - begun)
     return times
+
+
+def announce(threads: int | None, width: int = 120) -> tuple[Console, dict[str, Any]]:
+    """Set torch's threads, if they are given, and print where a benchmark runs: a console that is so wide where it is
+    no terminal, and `machine`."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console(width=None if Console().is_terminal else width)
+    found = machine(torch.device("cpu"))
+    console.print(describe(found), highlight=False)
+    return console, found
 
 
 def synchronize(device: torch.device) -> None:

@@ -19,7 +19,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from rich.console import Console
+from common import announce
 from rich.table import Table
 from task_definitions import TASKS, Batches, Split, Task, take
 from torch import nn
@@ -28,7 +28,6 @@ from onward import LikelihoodRatio, Trainer
 from onward import compile as compile_program
 from onward.compiler.capture import as_call
 from onward.evidence.baselines.backpropagation import Backpropagation
-from onward.evidence.provenance import describe, machine
 
 ROWS: dict[str, Callable[[Task], LikelihoodRatio | None]] = {
     "bp": lambda task: None,
@@ -117,11 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="torch's threads")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run")
     options = parser.parse_args(argv)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    console = Console(width=None if Console().is_terminal else 120)
-    found: dict[str, Any] = machine(torch.device("cpu"))
-    console.print(describe(found), highlight=False)
+    console, found = announce(options.threads)
     results = []
     for name in options.tasks:
         for row in options.rows:

@@ -23,8 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accuracy import CASES
-from common import Stopwatch
-from rich.console import Console
+from common import Stopwatch, announce
 from rich.table import Table
 
 from onward import LikelihoodRatio, Program, models
@@ -32,7 +31,6 @@ from onward import compile as compile_program
 from onward.cli.recipes import recipe_for
 from onward.cli.training import Training, make_optimizer
 from onward.evidence.baselines.backpropagation import Backpropagation
-from onward.evidence.provenance import describe, machine
 from onward.models.data import loaders
 from onward.runtime.training.evaluation import accuracy, evaluate
 from onward.runtime.training.update import update
@@ -213,11 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="torch's threads")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run")
     options = parser.parse_args(argv)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    console = Console(width=None if Console().is_terminal else 120)
-    found: dict[str, Any] = machine(torch.device("cpu"))
-    console.print(describe(found), highlight=False)
+    console, found = announce(options.threads)
     pairs: dict[str, list[Pair]] = {}
     parts: dict[str, dict[str, dict[str, float]]] = {}
     for name in options.cases:

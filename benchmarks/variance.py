@@ -26,12 +26,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
+from common import announce
 from rich.table import Table
 from torch import Generator, Tensor, nn
 
 from onward import models
-from onward.evidence.provenance import describe, machine
 from onward.runtime.sampling import inclusion
 
 SIGMA, BATCH = 0.05, 64
@@ -326,11 +325,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if len(options.seeds) < 2:
         parser.error("--seeds: at least two, for their scatter.")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    console = Console(width=None if Console().is_terminal else 140)
-    where = machine(torch.device("cpu"))
-    console.print(describe(where), highlight=False)
+    console, where = announce(options.threads, 140)
     table, errors = variance_table(options.epochs, options.copies, options.repeats, options.seeds[0])
     console.print(table)
     sigmas: list[dict[str, Any]] = []

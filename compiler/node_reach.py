@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ..passes.find_sites import Site
-from ..passes.graph import Role, downstream, outputs
+from ..passes.graph import Role, downstream, outputs, placeholders
 from ..passes.separate_outputs import output_nodes
 
 MOST_ROWS = 4096
@@ -55,7 +55,7 @@ def find_reach(module: fx.GraphModule, values: dict[fx.Node, Any], points: Seque
             if any(_stops(node) or _selects(node, varying) for node in behind):
                 continue
             chunks = torch.arange(sizes[1]).split(max(1, _ELEMENTS // widest))
-            reach = torch.cat([_Run(module, given, point, rows).reached(returned[0]) for rows in chunks])
+            reach = torch.cat([_Run(module, point, rows).reached(given, returned[0]) for rows in chunks])
             if not bool(reach.all()):
                 found[site.index] = reach
     return found
@@ -111,24 +111,23 @@ _STOPPING = ("nan", "fmax", "fmin", "heaviside", "sign", "sgn", "copysign", "sor
 class _Run(fx.Interpreter):
     """One sample for each of the rows, with NaN at that row of a point."""
 
-    def __init__(self, module: fx.GraphModule, given: dict[fx.Node, Any], point: fx.Node, rows: Tensor) -> None:
+    def __init__(self, module: fx.GraphModule, point: fx.Node, rows: Tensor) -> None:
         super().__init__(module)
         self.point, self.rows = point, rows
-        self.results: dict[fx.Node, Any] = {}
-        places = [node for node in module.graph.nodes if node.op == "placeholder"]
-        self.run(*[_repeated(node, given[node], len(rows)) for node in places])
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n is self.point:
             result = result.clone()
             result[torch.arange(len(self.rows)), self.rows] = torch.nan
-        self.results[n] = result
         return result
 
-    def reached(self, output: fx.Node) -> Tensor:
-        """Bool ``(rows, nodes)``: which nodes' results are NaN."""
-        reached: Tensor = self.results[output].isnan().flatten(2).any(2).cpu()
+    def reached(self, given: dict[fx.Node, Any], output: fx.Node) -> Tensor:
+        """Bool ``(rows, nodes)``: which nodes' results are NaN at the graph's `output`."""
+        assert isinstance(self.module, fx.GraphModule)
+        found = self.run(*[_repeated(node, given[node], len(self.rows)) for node in placeholders(self.module)])
+        place = [node for _, node in outputs(self.module)].index(output)
+        reached: Tensor = found[place].isnan().flatten(2).any(2).cpu()
         return reached
 
 

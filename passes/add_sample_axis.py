@@ -68,6 +68,7 @@ class _Builder:
         self.led: set[fx.Node] = set()
         self.old = next(iter(module.graph.nodes))
         self.source: fx.Node | None = None
+        self.count: fx.Node | None = None
 
     def place(self, node: fx.Node) -> None:
         new = self.graph.placeholder(node.name)
@@ -150,9 +151,10 @@ class _Builder:
         return int(value.meta["val"].dim()) - (value in self.led)
 
     def size(self) -> fx.Node:
-        """The number of samples."""
-        node: fx.Node = self.call(_aten.sym_size.int, self.source, 0, leads=False)
-        return node
+        """The number of samples, read once."""
+        if self.count is None:
+            self.count = self.call(_aten.sym_size.int, self.source, 0, leads=False)
+        return self.count
 
     def aligned(self, value: Any, rank: int) -> Any:
         """A led value with ones behind the samples, up to a rank; anything else as it is."""

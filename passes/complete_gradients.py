@@ -137,9 +137,8 @@ def _cotangent(
         return _at_output(graph, end)
     point = site if point is None else point
     number, coarse = point.index, point.grid if point.blocks else layout
-    if point.rows:
-        return _by_rows(graph, point, noise, score, copies)
-    where = (list(coarse.sizes), coarse.dim, coarse.outer)
+    noisy = point.credited if point.rows else coarse  # rows that have losses of their own are samples, for the noise
+    where = (list(noisy.sizes), noisy.dim, noisy.outer)
     terms = []
     if source in ("noise", "corrected"):
         key = add_runtime_placeholder(graph, "key", None)
@@ -153,6 +152,8 @@ def _cotangent(
             counts = graph.call_function(ops.count_blocks, (term, alive, *_of_blocks(point)))
             counts = graph.call_function(_aten.clamp_min.default, (counts, 1))
             term = graph.call_function(_aten.div.Tensor, (term, counts))
+        if point.rows:
+            term = graph.call_function(_aten.reshape.default, (term, [-1, *layout.sizes[1:]]))
         terms.append(term)
     if source in ("feedback", "corrected"):
         error = _error(graph, end.graph, rank)
@@ -162,18 +163,6 @@ def _cotangent(
         terms.append(from_rows(graph, rows, coarse))
     value = terms[0] if len(terms) == 1 else graph.call_function(_aten.add.Tensor, tuple(terms))
     return _spread(graph, value, point) if point.blocks else value
-
-
-def _by_rows(graph: fx.Graph, point: Site, noise: str, score: str, copies: fx.Node | None) -> fx.Node:
-    """The cotangent where each row of the one sample has losses of its own: for the noise, rows are samples."""
-    key, weights = (add_runtime_placeholder(graph, name, None) for name in ("key", "weights"))
-    ids = add_runtime_placeholder(graph, "draws", None) if copies is None else copies
-    operation = ops.weighted_noise_sum if copies is None else ops.weighted_noise
-    at = point.credited
-    value = graph.call_function(
-        operation, (weights, ids, key, point.index, noise, score, list(at.sizes), at.dim, at.outer)
-    )
-    return graph.call_function(_aten.reshape.default, (value, [-1, *point.layout.sizes[1:]]))
 
 
 def _of_blocks(point: Site) -> tuple[list[int], int, int, list[int]]:

@@ -15,12 +15,11 @@ import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
+from command_line import call
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 import onward
-from onward.cli import app
 from onward.passes.errors import CalibrationError, NonFiniteLossError, OnwardError, OptionError
 from onward.runtime.calibration import allocation, with_feedback
 from onward.runtime.calibration.plain import REPETITIONS
@@ -364,14 +363,6 @@ def test_another_placement_of_the_noise_is_refused() -> None:
 
 
 # --- on the command line ----------------------------------------------------------------------------------------------
-
-
-def call(*arguments: object, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
 
 
 SMALL = ("--model-option", "hidden=(16, 8)")

@@ -9,13 +9,12 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from command_line import call
 from rich.console import Console
 from torch import nn
 from torch.utils.data import TensorDataset
-from typer.testing import CliRunner
 
 from onward import models
-from onward.cli import app
 from onward.evidence import comparison, comparison_report
 from onward.evidence.baselines.backpropagation import Backpropagation
 from onward.evidence.comparison import Candidate, Comparison, Entry, Task, compare, first_at, grid, mean_curve, tune
@@ -374,14 +373,6 @@ def test_a_best_at_the_end_of_the_budget_is_marked():
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
-
-
-def call(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
 
 
 TINY = ("mlp", "--model-option", "hidden=(8,)", "--budget", "2", "--seeds", "0", "--lr-grid", "1")

@@ -7,6 +7,7 @@ errors, which one comparison in 10,000 exceeds by chance; seeds are fixed. Besid
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import pytest
 import torch
@@ -537,12 +539,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
 
 
-def call(*arguments: object, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, ["fidelity", *(str(argument) for argument in arguments)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
+call = functools.partial(command_line.call, "fidelity")
 
 
 TINY = ("mlp", "--model-option", "hidden=(8,)", "--batch-size", 16, "--replicates", 8)

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import call
 from torch import Tensor
 from torch.utils.data import TensorDataset
-from typer.testing import CliRunner
 
 from onward import LikelihoodRatio, Trainer
-from onward.cli import app
 from onward.cli import train as train_command
 from onward.cli.common import build_model, compile_setup, set_up
 from onward.cli.options import Common
@@ -54,14 +53,6 @@ def write(folder: Path, text: str = OWN) -> Path:
     path = folder / "own.toml"
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def call(*arguments: object, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
 
 
 # --- those of Onward --------------------------------------------------------------------------------------------------

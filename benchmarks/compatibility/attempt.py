@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import onward
+from onward.compiler.capture import as_call
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def attempt(name: str) -> Outcome:
 
 
 def _exports(built: Built) -> bool:
-    args, kwargs = ((), built.inputs) if isinstance(built.inputs, dict) else (built.inputs, {})
+    args, kwargs = as_call(built.inputs)
     free = {} if built.unbatched else {0: torch.export.Dim("batch")}
     given = inspect.signature(built.model.forward).bind(*[free] * len(args), **dict.fromkeys(kwargs, free)).arguments
     try:
