@@ -117,7 +117,7 @@ def export(
         for path, made in models.items():
             write_model(made, temporary / path)
         state = {key: _array(key, value) for key, value in tasks.state.items()}
-        np.savez(temporary / "state.npz", **state)  # type: ignore[arg-type]
+        np.savez(temporary / "state.npz", **state)
         manifest = {
             "format": FORMAT,
             "version": VERSION,

@@ -63,9 +63,7 @@ def make_tasks(
         state=state,
         new={key: _renewed(r, key) for key in state},
         constants=constants | {"runtime:sigmas": r.environment["runtime:sigmas"].cpu()},
-        inputs={
-            k: kind for k, kind in r.kinds.items() if k.startswith(("input:", "target:")) and isinstance(kind, Like)
-        },
+        inputs={key: kind for key, kind in given.items() if isinstance(kind, Like)},
         probes=bool(r.learns and compiled.runs) and r.estimator.probe_every != 1,
         warmup=r.warmup,
     ), r
