@@ -78,6 +78,10 @@ class OutputError(OnwardError, RuntimeError):
     """A file or folder cannot be written, or holds something that is not to be overwritten. It is as it was."""
 
 
+class FolderError(OnwardError, RuntimeError):
+    """An exported folder cannot be used: damaged, not whole, or of another version."""
+
+
 class ExportError(OnwardError, RuntimeError):
     """A program has no form in ONNX; the message names the operation or the setting."""
 

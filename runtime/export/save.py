@@ -36,6 +36,7 @@ from ...compiler.save import check_folder
 from ...compiler.to_onnx.builder import IR_VERSION, OPSET
 from ...compiler.to_onnx.trace import Described, Like
 from ...passes.errors import ExportError
+from ..onnx.folder import FORMAT, VERSION
 from ..program import Program
 from ..versions import versions
 from .inference import inference_model, loss_model
@@ -43,9 +44,6 @@ from .step import BATCH, extents, fused, single
 from .task import Task, Tasks
 from .tasks import make_tasks
 from .updates import described, state_of
-
-FORMAT = "onward-training"
-VERSION = 1
 
 LIMIT = 2**31 - 2**20
 """Bytes beyond which a model's tensors go into a file beside it: protobuf's limit, less what else is in a model."""
