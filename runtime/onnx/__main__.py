@@ -107,9 +107,8 @@ def _train(folder: Folder, given: argparse.Namespace) -> int:
         if not given.resume:
             raise OptionError(f"{given.checkpoint} exists: --resume goes on with it, or name another file.")
         trainer.load(given.checkpoint)
-    print(
-        f"{folder.model} on onnxruntime, {device.note()}; {train.samples} samples, {test.samples if test else 0} to test"
-    )
+    samples = f"{train.samples} samples, {test.samples if test else 0} to test"
+    print(f"{folder.model} on onnxruntime, {device.note()}; {samples}")
     started = time.perf_counter()
     finished = trainer.fit(train, test, checkpoint=given.checkpoint, report=_print)
     if given.output is not None:
