@@ -135,7 +135,7 @@ class Builder:
 
     def model(self, about: str, metadata: dict[str, str] | None = None) -> onnx.ModelProto:
         """The model, of names that are read outside as they are written; what nothing reads is left out."""
-        graph = without_unread(self.graph())
+        graph = without_unread(_named_where_made(self.graph()))
         model = helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", OPSET)],
@@ -151,6 +151,33 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(map(_hashable, value))
     return id(value) if isinstance(value, onnx.GraphProto) else value
+
+
+def _named_where_made(graph: onnx.GraphProto) -> onnx.GraphProto:
+    """The graph whose results have their names where they are made, not behind a copy; but inputs and constants that
+    are returned, and values that are returned twice."""
+    made = {name for node in graph.node for name in node.output if node.op_type != "Identity"}
+    final = {output.name for output in graph.output}
+    renamed: dict[str, str] = {}
+    for node in graph.node:
+        if node.op_type == "Identity" and node.output[0] in final and node.input[0] in made:
+            renamed.setdefault(node.input[0], node.output[0])
+    kept = [
+        node for node in graph.node if not (node.op_type == "Identity" and renamed.get(node.input[0]) == node.output[0])
+    ]
+    for node in kept:
+        _rename(node, renamed)
+    return helper.make_graph(kept, graph.name, graph.input, graph.output, graph.initializer)
+
+
+def _rename(node: onnx.NodeProto, renamed: dict[str, str]) -> None:
+    for names in (node.input, node.output):
+        for place, name in enumerate(names):
+            names[place] = renamed.get(name, name)
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            for inner in attribute.g.node:
+                _rename(inner, renamed)
 
 
 def without_unread(graph: onnx.GraphProto) -> onnx.GraphProto:

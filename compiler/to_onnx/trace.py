@@ -42,6 +42,7 @@ KEPT = (
     _aten.elu.default,
     _aten.leaky_relu.default,
     _aten.softplus.default,
+    _aten.threshold_backward.default,
     _aten.addmm.default,
     _aten.stack.default,
     _aten.split.Tensor,
@@ -137,10 +138,17 @@ def trace(
     table = {target: rule for target, rule in core_aten_decompositions().items() if target not in KEPT}
     table |= {**DECOMPOSED, **(decompositions or {})}
     run = fx.Interpreter(function).run if isinstance(function, fx.GraphModule) else function
-    with mode, torch.no_grad(), preserve_node_meta():
-        traced = make_fx(
-            lambda *arguments: tuple(run(*arguments)), decomposition_table=table, _allow_non_fake_inputs=True
-        )(*fakes)
+
+    def flat(*arguments: Any) -> tuple[Any, ...]:
+        return tuple(run(*arguments))
+
+    def traced_by(called: Callable[..., Any]) -> fx.GraphModule:
+        with mode, torch.no_grad(), preserve_node_meta():
+            return make_fx(called, decomposition_table=table, _allow_non_fake_inputs=True)(*fakes)
+
+    traced = traced_by(flat)
+    if any(_writes(node) for node in traced.graph.nodes):  # in place, as a user's loss may
+        traced = traced_by(torch.func.functionalize(flat, remove="mutations"))
     fixed = [guard.expr for guard in mode.shape_env.guards if _fixes(guard.expr, strict)]  # type: ignore[union-attr]
     if fixed:
         raise ExportError(f"the batch size would have to be fixed: {fixed[0]} was assumed on the way.")
@@ -150,6 +158,12 @@ def trace(
     traced.graph.eliminate_dead_code()
     traced.recompile()
     return traced
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node changes the numbers of what it is given."""
+    mutable = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return mutable and node.target is not _aten.detach_.default
 
 
 def _free_size(mode: FakeTensorMode) -> torch.SymInt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from rich.console import Console
@@ -82,7 +82,7 @@ def export_(
         raise OptionError(f"exporting needs {error.name}: pip install 'onward[onnx]'") from error
     check_folder(output, replace=force, format=FORMAT)
     recipe = recipe_for(model)
-    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "optimizer": optimizer}
+    given: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "optimizer": optimizer}
     training = replace(recipe.training, **{name: value for name, value in given.items() if value is not None})
     setup = set_up(replace(recipe, training=training), common)
     check_loss(setup)
@@ -113,7 +113,7 @@ def export_(
 
 def _write(dataset: Dataset, path: Path) -> None:
     """The data set's arrays, as `runtime.onnx.data` reads them."""
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for split, suffix in ((dataset.train, ""), (dataset.test, "_test")):
         x, y = (tensor.cpu().numpy() for tensor in split.tensors)
         arrays |= {f"x{suffix}": x, f"y{suffix}": y}

@@ -149,12 +149,13 @@ def trust_of(counters: Counters, order: Sequence[int], read: Sequence[Sequence[i
     """
     if not any(read):  # exact, from the output
         return torch.ones((), dtype=torch.float64)
-    own = torch.zeros((), dtype=torch.float64)
-    predicted = torch.zeros((), dtype=torch.float64)
+    single = [order.index(points[0]) for points in read if len(points) == 1]
+    chosen = torch.tensor([single.count(place) for place in range(len(order))], dtype=torch.float64)
+    sums = (counters.slopes * chosen[:, None]).sum(0) if single else torch.zeros(2, dtype=torch.float64)
     for points in read:
-        if points:
+        if len(points) > 1:  # the least trusted of them
             rows = torch.stack([counters.slopes[order.index(point)] for point in points])
             least = torch.where(rows[:, 1] > 0, (rows[:, 0] / rows[:, 1]).clamp(0, 1), 1.0).argmin()
-            chosen = rows.index_select(0, least[None])[0]
-            own, predicted = own + chosen[0], predicted + chosen[1]
-    return counters.overshoot * torch.where(predicted > 0, (own / predicted).clamp(0, 1), 1.0)
+            sums = sums + rows.index_select(0, least[None])[0]
+    share = torch.where(sums[1] > 0, (sums[0] / sums[1]).clamp(0, 1), 1.0)
+    return counters.overshoot * share

@@ -21,7 +21,7 @@ class Task:
     """A graph of a step.
 
     Attributes:
-        name: as the plan calls it (`runtime.plan`), and beyond that ``N0`` the random words of run 0, ``T`` the trust,
+        name: as the plan calls it (`runtime.plan`), and beyond that ``N0`` the random words of run 0, ``T`` the rates,
             ``C`` the check for numbers that are not finite, ``U:weight`` an update.
         reads, writes: keys, in the order of the graph's placeholders and results.
         kinds, results: what each key that is read or written holds: a tensor's form, or a multiple of the batch size.

@@ -211,7 +211,7 @@ def _lerp(e: Emission, node: fx.Node, x: Value, y: Value, weight: Any) -> str:
 
 @rule(
     "aten._to_copy.default", "aten.to.dtype", "prims.convert_element_type.default", "aten.clone.default",
-    "aten.alias.default", "aten.contiguous.default", "aten.detach_.default", "aten.detach.default",
+    "aten.alias.default", "aten.contiguous.default", "aten.detach.default", "aten.detach_.default",
     "aten.lift_fresh_copy.default", "aten.expand_copy.default", "aten.copy.default", "aten.lift_fresh.default",
 )  # fmt: skip
 def _copied(e: Emission, node: fx.Node, x: Value, *more: Any, **named: Any) -> str:
@@ -220,6 +220,13 @@ def _copied(e: Emission, node: fx.Node, x: Value, *more: Any, **named: Any) -> s
         value = e.as_type(source, out_type(node))
         return value if source.shape == x.shape else e.op("Expand", value, e.shape(node.meta["val"].shape))
     return e.as_type(x, out_type(node))
+
+
+@rule("aten.threshold_backward.default")
+def _threshold_backward(e: Emission, node: fx.Node, grad: Value, x: Value, threshold: float) -> str:
+    """By a product: ``Where`` takes five times as long. Gradients are finite, or a step says that they are not."""
+    passed = e.op("Greater", x, e.scalar(threshold, x.dtype))
+    return e.op("Mul", grad, e.cast(passed, torch.bool, grad.dtype))
 
 
 @rule("aten.gelu.default")
