@@ -20,16 +20,16 @@ BATCH = "N"
 """What the batch size is called in the models."""
 
 
-def extents(kind: Described) -> tuple[torch.dtype, list[int | str]]:
-    """Dtype and shape of what a key holds, the batch size by name."""
+def extents(kind: Described, key: str = "") -> tuple[torch.dtype, list[int | str]]:
+    """Dtype and shape of what a key holds, the batch size by name, and by the key what is of any size (-1)."""
     if not isinstance(kind, Like):
         return torch.int64, []
-    return kind.dtype, [_named(size) for size in kind.shape]
+    return kind.dtype, [_named(size, key) for size in kind.shape]
 
 
-def _named(size: int | tuple[int]) -> int | str:
+def _named(size: int | tuple[int], key: str) -> int | str:
     if isinstance(size, int):
-        return size if size >= 0 else "words"
+        return size if size >= 0 else f"length of {key}"
     return BATCH if size[0] == 1 else f"{size[0]}*{BATCH}"
 
 
@@ -129,10 +129,10 @@ def single(task: Task, tasks: Tasks, about: str) -> onnx.ModelProto:
               for key, kind in zip(maker.writes, maker.results, strict=True)}  # fmt: skip
     for key in task.noise:
         maker, kind = makers[key]
-        noise[key] = b.input(key, *extents(kind)), maker.draws
+        noise[key] = b.input(key, *extents(kind, key)), maker.draws
     results = task.emit(Emission(b), values, noise)
     for key, value, kind in zip(task.writes, results, task.results, strict=True):
-        b.output(key, value, *extents(kind))
+        b.output(key, value, *extents(kind, key))
     return b.model(about)
 
 
