@@ -78,6 +78,10 @@ class OutputError(OnwardError, RuntimeError):
     """A file or folder cannot be written, or holds something that is not to be overwritten. It is as it was."""
 
 
+class ModelFileError(OnwardError, RuntimeError):
+    """A file of a model cannot be read: missing, damaged, not of its format, or reaching outside its folder."""
+
+
 class DataError(OnwardError, RuntimeError):
     """A data set cannot be loaded, with the reason and what to install or do."""
 
