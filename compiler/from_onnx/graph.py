@@ -297,7 +297,7 @@ class _Reader:
 
     def _outputs(self, outputs: Sequence[str] | None) -> tuple[str, ...]:
         if outputs is not None:
-            known = [*self.producers, *(each.name for each in self.inputs)]
+            known = [*self.producers, *self.constants, *(each.name for each in self.inputs)]
             for name in outputs:
                 if name not in known:
                     raise unknown_name("value of the file", name, known)
