@@ -70,7 +70,7 @@ def normalizer(node: Node, value: Tensor) -> Tensor:
     value = value.to(torch.float32)
     name = node.get("norm", "MAX")
     if name == "MAX":
-        norm = value.abs().amax(-1, keepdim=True)
+        norm = value.amax(-1, keepdim=True)  # signed, as the standard has it
     elif name == "L1":
         norm = value.abs().sum(-1, keepdim=True)
     else:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .node import Node, operator
+from .node import Node, operator, refuse
 from .values import Array, dtype_of, number
 
 _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
@@ -200,8 +200,10 @@ def identity(node: Node, value: Any) -> Any:
     return value
 
 
-@operator("Dropout", limits="as in inference: nothing is dropped")
-def dropout(node: Node, value: Tensor, *rest: Any) -> Any:
+@operator("Dropout", static=(1, 2), limits="as in inference: nothing is dropped")
+def dropout(node: Node, value: Tensor, ratio: Array | None = None, training: Array | None = None) -> Any:
+    if number(training, 0):
+        raise refuse(node, "training_mode")
     if len(node.outputs) == 1:
         return value
     return value, torch.ones_like(value, dtype=torch.bool)

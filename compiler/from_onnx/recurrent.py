@@ -36,6 +36,7 @@ def _activations(node: Node, directions: int, default: list[str]) -> list[list[A
     alphas, betas = list(node.get("activation_alpha", [])), list(node.get("activation_beta", []))
     clip = node.get("clip")
     made: list[Activation] = []
+    each = len(default)
     for name in names:
         known = {each.lower(): each for each in _ACTIVATIONS}
         if name.lower() not in known:
@@ -44,8 +45,8 @@ def _activations(node: Node, directions: int, default: list[str]) -> list[list[A
         a, b = _DEFAULTS.get(name, (1.0, 0.0))
         a = alphas.pop(0) if alphas and name in ("LeakyRelu", "Elu", "HardSigmoid", "ScaledTanh", "Affine") else a
         b = betas.pop(0) if betas and name in ("HardSigmoid", "ScaledTanh", "Affine") else b
-        made.append(_clipped(_ACTIVATIONS[name], a, b, clip))
-    each = len(default)
+        of_cell = len(made) % each == 2  # onnxruntime does not bound the cell that an LSTM's output squashes
+        made.append(_clipped(_ACTIVATIONS[name], a, b, None if of_cell else clip))
     return [made[start : start + each] for start in range(0, len(made), each)]
 
 
