@@ -17,7 +17,7 @@ from .file import ModelFile, slots
 from .node import ML, OPERATORS, Node, Operator
 from .static_operators import LONGEST, STATIC
 from .trainable import trainable
-from .values import Array, dtype_of, to_array, to_tensor
+from .values import Array, dtype_of, objects, to_array, to_tensor
 
 CONTROL = {"Loop", "Scan", "If", "SequenceMap"}
 BY_VALUES = {"NonZero", "Compress", "Unique", "NonMaxSuppression"}
@@ -406,7 +406,8 @@ def compute(node: Node, operator: Operator, given: Sequence[Any]) -> tuple[Any, 
         if static is not None and all(isinstance(each, np.ndarray) and each.size <= LONGEST for each in given):
             results = static(node, *given)
             if results is not NotImplemented:
-                return results if isinstance(results, tuple) else (results,)
+                results = results if isinstance(results, tuple) else (results,)
+                return tuple(each if isinstance(each, np.ndarray) else objects([each], ()) for each in results)
         results = operator.run(node, *(_as_wanted(operator, k, each) for k, each in enumerate(given)))
     except (UnsupportedModelError, RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
         raise UnsupportedModelError(f"{node}: {error}") from error

@@ -103,6 +103,10 @@ def split(node: Node, value: Tensor, sizes: Array | None = None) -> tuple[Tensor
     return torch.split(value, list(given), axis)
 
 
+TO_THE_END = 10**8
+"""Ends of a slice from here on are how exporters write "all of it"; the batch size needs no bound then."""
+
+
 @operator("Slice", static=(1, 2, 3, 4))
 def slice_(
     node: Node, value: Tensor, starts: Array | None = None, ends: Array | None = None, axes: Array | None = None,
@@ -118,7 +122,7 @@ def slice_(
         axis %= value.dim()
         extent = value.shape[axis]
         if step > 0:
-            whole = isinstance(end, int) and end >= 2**31 - 1
+            whole = isinstance(end, int) and end >= TO_THE_END
             index[axis] = slice(start, None if whole else end, step)
         else:
             begin = min(start + extent if start < 0 else start, extent - 1)
