@@ -48,7 +48,9 @@ class Row:
     """"onnx": its reference evaluator, where onnxruntime does not know the operator."""
 
 
-def row(op: str, *operands: Any, outputs: int = 1, opset: int = 21, judge: str = "onnxruntime", **attributes: Any) -> Row:
+def row(
+    op: str, *operands: Any, outputs: int = 1, opset: int = 21, judge: str = "onnxruntime", **attributes: Any
+) -> Row:
     return Row(op, operands, attributes, outputs, opset, judge)
 
 
@@ -81,9 +83,9 @@ _IMAGE = x(2, 3, 7, 8)
 _POSITIVE = x(2, 3, 4, low=0.1)
 _INSIDE = x(2, 3, 4, low=-0.9, high=0.9)
 _FLAGS = Fed(c(2, 3, 4, seed=5) > 0)
-_BYTES = {"low": 0, "high": 256, "dtype": np.uint8}
-_SIGNED = {"low": -127, "high": 128, "dtype": np.int8}
-_GATED = dict(hidden_size=5)
+_BYTES: Any = {"low": 0, "high": 256, "dtype": np.uint8}
+_SIGNED: Any = {"low": -127, "high": 128, "dtype": np.int8}
+_GATED: Any = {"hidden_size": 5}
 
 ROWS = [
     *(row(op, _X) for op in ("Abs", "Neg", "Exp", "Floor", "Ceil", "Sign", "Erf", "Sin", "Cos", "Tan", "Atan", "Sinh",
@@ -148,8 +150,8 @@ ROWS = [
     row("LRN", x(2, 6, 4, 4), size=3, alpha=0.1),
     row("MeanVarianceNormalization", _IMAGE),
     row("LSTM", x(4, 2, 3), c(2, 20, 3), c(2, 20, 5), c(2, 40), direction="bidirectional", outputs=3, **_GATED),
-    row("LSTM", x(4, 2, 3), c(1, 20, 3), c(1, 20, 5), c(1, 40), None, c(1, 2, 5), c(1, 2, 5), c(1, 15), direction="reverse",
-        input_forget=0, clip=1.0, **_GATED),
+    row("LSTM", x(4, 2, 3), c(1, 20, 3), c(1, 20, 5), c(1, 40), None, c(1, 2, 5), c(1, 2, 5), c(1, 15),
+        direction="reverse", input_forget=0, clip=1.0, **_GATED),
     row("GRU", x(4, 2, 3), c(1, 15, 3), c(1, 15, 5), c(1, 30), linear_before_reset=1, outputs=2, **_GATED),
     row("GRU", x(4, 2, 3), c(2, 15, 3), c(2, 15, 5), c(2, 30), None, c(2, 2, 5), direction="bidirectional", **_GATED),
     row("RNN", x(4, 2, 3), c(1, 5, 3), c(1, 5, 5), None, ints(4, 4).astype(np.int32), activations=["Relu"], **_GATED),
@@ -195,7 +197,8 @@ ROWS = [
     row("ReverseSequence", x(4, 3, 2), ints(2, 4, 1)),
     row("Resize", _IMAGE, None, np.array([1, 1, 2.0, 1.5], np.float32), mode="nearest"),
     row("Resize", _IMAGE, None, None, ints(2, 3, 4, 13), mode="linear"),
-    row("Resize", _IMAGE, None, None, ints(2, 3, 10, 10), mode="linear", coordinate_transformation_mode="align_corners"),
+    row("Resize", _IMAGE, None, None, ints(2, 3, 10, 10), mode="linear",
+        coordinate_transformation_mode="align_corners"),
     row("Resize", _IMAGE, None, None, ints(2, 3, 9, 5), mode="cubic", cubic_coeff_a=-0.5),
     row("Resize", _IMAGE, None, np.array([1, 1, 2, 2], np.float32), nearest_mode="floor",
         coordinate_transformation_mode="asymmetric", opset=13),
@@ -208,8 +211,8 @@ ROWS = [
     row("DequantizeLinear", Fed(whole(4, 6, **_SIGNED)), c(2, 6, low=0.01, high=0.05), axis=0, block_size=2),
     row("DynamicQuantizeLinear", _X, outputs=3),
     row("MatMulInteger", Fed(whole(3, 8, **_BYTES)), whole(8, 4, **_SIGNED), one(7, np.uint8), one(3, np.int8)),
-    row("ConvInteger", Fed(whole(2, 3, 6, 6, **_BYTES)), whole(4, 3, 3, 3, **_BYTES), one(7, np.uint8), one(9, np.uint8),
-        pads=[1, 1, 1, 1]),
+    row("ConvInteger", Fed(whole(2, 3, 6, 6, **_BYTES)), whole(4, 3, 3, 3, **_BYTES), one(7, np.uint8),
+        one(9, np.uint8), pads=[1, 1, 1, 1]),
     row("QLinearConv", Fed(whole(2, 3, 6, 6, **_BYTES)), one(0.02), one(128, np.uint8), whole(4, 3, 3, 3, **_SIGNED),
         c(4, low=0.005, high=0.01), np.zeros(4, np.int8), one(0.1), one(120, np.uint8),
         whole(4, low=-500, high=500, dtype=np.int32), strides=[2, 2]),

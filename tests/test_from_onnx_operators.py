@@ -46,7 +46,9 @@ def test_operator_is_that_of_onnxruntime(row: Row) -> None:
     if fixed:  # its result is a constant then
         pytest.skip("computed when the file is read: test_shape_arithmetic")
     opsets = {each.domain: each.version for each in model.opset_import}
-    read = OnnxModel(ModelFile(Path("row.onnx"), model, model.graph, opsets), [each.name for each in model.graph.output])
+    read = OnnxModel(
+        ModelFile(Path("row.onnx"), model, model.graph, opsets), [each.name for each in model.graph.output]
+    )
     with torch.no_grad():
         made = read(*(to_tensor(feeds(row)[each.name]) for each in read.inputs))
     for got, wanted in zip(made if isinstance(made, tuple) else (made,), judged(row), strict=True):

@@ -30,7 +30,9 @@ from onward.passes.errors import ModelFileError, UnsupportedModelError
 def check(case: Any) -> str:
     """``""`` if the case's model gives its outputs, else what happened, beginning with "refused" or "wrong"."""
     graph = case.model.graph
-    file = ModelFile(Path(case.name), case.model, graph, {each.domain: each.version for each in case.model.opset_import})
+    file = ModelFile(
+        Path(case.name), case.model, graph, {each.domain: each.version for each in case.model.opset_import}
+    )
     try:
         for given, wanted in case.data_sets:
             arrays = {value.name: _array(array) for value, array in zip(graph.input, given, strict=False)}

@@ -80,7 +80,7 @@ def normalizer(node: Node, value: Tensor) -> Tensor:
 
 @operator(f"{ML}.Binarizer")
 def binarizer(node: Node, value: Tensor) -> Tensor:
-    return (value > node.get("threshold", 0.0)).to(value.dtype)
+    return torch.gt(value, node.get("threshold", 0.0)).to(value.dtype)
 
 
 @operator(f"{ML}.Imputer", limits="floats")

@@ -183,8 +183,8 @@ def lp_pool(node: Node, value: Tensor) -> Tensor:
     if node.get("ceil_mode", 0):
         more = _ceiled(value.shape[2:], before, after, kernel, stride, dilation)
         after = [back + extra for back, extra in zip(after, more, strict=True)]
-    powers = _pad(value.abs() ** order, before, after)
-    return _window_sum(powers, kernel, stride, dilation) ** (1 / order)
+    powers = _pad(value.abs().pow(order), before, after)
+    return _window_sum(powers, kernel, stride, dilation).pow(1 / order)
 
 
 @operator("GlobalAveragePool")
@@ -200,4 +200,4 @@ def global_max_pool(node: Node, value: Tensor) -> Tensor:
 @operator("GlobalLpPool")
 def global_lp_pool(node: Node, value: Tensor) -> Tensor:
     order = node.get("p", 2)
-    return (value.abs() ** order).sum(list(range(2, value.dim())), keepdim=True) ** (1 / order)
+    return value.abs().pow(order).sum(list(range(2, value.dim())), keepdim=True).pow(1 / order)

@@ -138,7 +138,7 @@ def celu(node: Node, value: Tensor) -> Tensor:
 @operator("Selu")
 def selu(node: Node, value: Tensor) -> Tensor:
     alpha, gamma = node.get("alpha", 1.67326319217681884765625), node.get("gamma", 1.05070102214813232421875)
-    return gamma * torch.where(value > 0, value, alpha * torch.expm1(value))
+    return torch.where(value > 0, value, alpha * torch.expm1(value)).mul(gamma)
 
 
 @operator("ThresholdedRelu")

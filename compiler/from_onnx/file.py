@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ OLDEST, CONVERTED_TO, NEWEST = 7, 13, 28
 """Opsets that are read as they are; an older file is converted first (`onnx.version_converter`)."""
 
 
-def onnx_package() -> ModuleType:
+def onnx_package() -> Any:
     """The package ``onnx``, which only this import needs.
 
     Raises:
@@ -36,9 +35,14 @@ def onnx_package() -> ModuleType:
     """
     try:
         import onnx
+        import onnx.checker
+        import onnx.inliner
         import onnx.numpy_helper
+        import onnx.version_converter
     except ImportError as error:
-        raise OptionError(f"reading .onnx files needs the package onnx: pip install 'onward[onnx]' ({error}).") from error
+        raise OptionError(
+            f"reading .onnx files needs the package onnx: pip install 'onward[onnx]' ({error})."
+        ) from error
     return onnx
 
 
@@ -70,7 +74,7 @@ def read_file(path: str | Path) -> ModelFile:
     """Read a file and check it.
 
     Raises:
-        ModelFileError: It is missing, damaged, not an ONNX file, or its external data are missing or outside its folder.
+        ModelFileError: It is missing, damaged, no ONNX file, or its external data are missing or outside its folder.
         UnsupportedModelError: Its opset is too new, or too old and cannot be converted.
     """
     onnx = onnx_package()
@@ -98,20 +102,21 @@ def read_file(path: str | Path) -> ModelFile:
     external = any(tensor.data_location == tensor.EXTERNAL for tensor in _tensors(proto.graph))
     executed = proto
     try:
-        if not external:
+        if not external:  # it would look for them in the working directory
             onnx.checker.check_model(proto)
         if proto.functions:
             executed = onnx.inliner.inline_local_functions(executed)
-        if version < OLDEST:
-            executed = onnx.version_converter.convert_version(executed, CONVERTED_TO)
-            opsets[""] = CONVERTED_TO
-    except onnx.checker.ValidationError as error:
+    except Exception as error:  # whatever its C++ raises
         raise ModelFileError(f"{path}: it breaks the rules of ONNX: {_first_line(error)}") from error
-    except Exception as error:  # the converter raises whatever its C++ does
-        raise UnsupportedModelError(
-            f"{path}: opset {version} is older than what is read, {OLDEST}, and onnx cannot convert it to {CONVERTED_TO}: "
-            f"{_first_line(error)} Export the model anew with an opset from {OLDEST} to {NEWEST}."
-        ) from error
+    if version < OLDEST:
+        try:
+            executed = onnx.version_converter.convert_version(executed, CONVERTED_TO)
+        except Exception as error:  # whatever its C++ raises
+            raise UnsupportedModelError(
+                f"{path}: opset {version} is older than what is read, {OLDEST}, and onnx cannot convert it to "
+                f"{CONVERTED_TO}: {_first_line(error)} Export the model anew with an opset from {OLDEST} to {NEWEST}."
+            ) from error
+        opsets[""] = CONVERTED_TO
     return ModelFile(path, proto, executed.graph, opsets)
 
 
@@ -138,8 +143,10 @@ def _tensors(graph: Any) -> Iterator[Any]:
 
 
 def slots(graph: Any) -> dict[str, Any]:
-    """Everything of a graph that can hold weights, by name: initializers, the tensors of ``Constant`` nodes by what they
-    are called in the graph, and the coefficients of classical models as ``NODE.coefficients``.
+    """Everything of a graph that can hold weights, by name.
+
+    Those are initializers, the tensors of ``Constant`` nodes by what they are called in the graph, and the coefficients
+    of classical models as ``NODE.coefficients``.
 
     A name that stands for two (in the branches of an ``If``) is left out.
     """
@@ -192,9 +199,11 @@ def read_tensor(tensor: Any, path: Path) -> Array:
     else:
         held = len(getattr(tensor, _FIELDS[tensor.data_type][0]))
     if held != count:
-        raise ModelFileError(f"{where} has the shape {dims}, {count} elements, and holds {held:g}: the file is damaged.")
-    array = onnx.numpy_helper.to_array(tensor)
-    return array
+        raise ModelFileError(
+            f"{where} has the shape {dims}, {count} elements, and holds {held:g}: the file is damaged."
+        )
+    held_here: Array = onnx.numpy_helper.to_array(tensor)
+    return held_here
 
 
 def external_place(tensor: Any, path: Path) -> tuple[Path, int, int | None]:
@@ -230,8 +239,8 @@ def _external(tensor: Any, path: Path, needed: int) -> bytes:
     if offset < 0 or (length is not None and length != needed) or offset + needed > there:
         said = "" if length is None else f", {length} of them by what the model says"
         raise ModelFileError(
-            f"{path}: tensor {tensor.name!r} needs {needed} bytes from byte {offset} of {place.name}{said}; the file has "
-            f"{there}."
+            f"{path}: tensor {tensor.name!r} needs {needed} bytes from byte {offset} of {place.name}{said}; the "
+            f"file has {there}."
         )
     with place.open("rb") as file:
         file.seek(offset)

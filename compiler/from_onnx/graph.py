@@ -93,9 +93,7 @@ class Reading:
     batch: int | None
 
 
-def read_graph(
-    file: ModelFile, outputs: Sequence[str] | None, fixed: Mapping[str, Array], logits: bool
-) -> Reading:
+def read_graph(file: ModelFile, outputs: Sequence[str] | None, fixed: Mapping[str, Array], logits: bool) -> Reading:
     """Read the graph of a file.
 
     Args:
@@ -213,8 +211,8 @@ class _Reader:
         condition = node.inputs[0]
         if condition not in self.constant_names:
             raise UnsupportedModelError(
-                f"{self.file.path}: {node} chooses by {condition!r}, which depends on the model's input: there is no one "
-                "graph to train. If an input alone decides, give it as a constant: load(path, fixed={...})."
+                f"{self.file.path}: {node} chooses by {condition!r}, which depends on the model's input: there is no "
+                "one graph to train. If an input alone decides, give it as a constant: load(path, fixed={...})."
             )
         graph = node.attributes["then_branch" if bool(self.evaluate(condition).ravel()[0]) else "else_branch"]
         self._read(graph, known)
@@ -235,18 +233,20 @@ class _Reader:
     def _add(self, node: Node) -> None:
         if node.kind in CONTROL:
             raise UnsupportedModelError(
-                f"{self.file.path}: {node} is control flow at run time, which is not read: export the model with the loop "
-                "written out."
+                f"{self.file.path}: {node} is control flow at run time, which is not read: export the model with "
+                "the loop written out."
             )
         if node.kind in BY_VALUES:
             raise UnsupportedModelError(
-                f"{self.file.path}: {node} makes a result whose size depends on values, which would have to be the same for "
-                "all samples: that is not read. Train an earlier value of the graph: load(path, outputs=[...])."
+                f"{self.file.path}: {node} makes a result whose size depends on values, and would have to be the same "
+                "for all samples: that is not read. Train an earlier value: load(path, outputs=...)."
             )
         if node.kind not in OPERATORS:
             known = sorted(OPERATORS)
             near = unknown_name("operator", node.kind, known).args[0].split(" Known:")[0]
-            raise UnsupportedModelError(f"{self.file.path}: {node}: {near} docs/onnx-import.md lists those that are read.")
+            raise UnsupportedModelError(
+                f"{self.file.path}: {node}: {near} docs/onnx-import.md lists those that are read."
+            )
         self.nodes.append(node)
         self.producers.update((name, node) for name in node.outputs if name)
         if node.inputs and all(not name or name in self.constant_names for name in node.inputs):
@@ -273,7 +273,9 @@ class _Reader:
         needed = self._needed(returned)
         self.batch = self.batch if any(each.name in needed for each in self.inputs) else None
         nodes = [node for node in self.nodes if any(name in needed for name in node.outputs)]
-        weights = trainable(nodes, self.constants, self.constant_names, self.producers, set(slots(self.file.proto.graph)))
+        weights = trainable(
+            nodes, self.constants, self.constant_names, self.producers, set(slots(self.file.proto.graph))
+        )
         latents = self._latents(nodes, weights)
         weights = [name for name in weights if self.constants[name].dtype.kind not in "iu" or name in latents]
         varying = set(weights) | {each.name for each in self.inputs}

@@ -92,8 +92,8 @@ class OnnxModel(nn.Module):
         """The outputs: a tensor, or a tuple of them where there are several.
 
         Args:
-            *inputs: In the file's order, batch first; one whose samples have as many numbers in another shape (flattened,
-                or with axes of one) is reshaped.
+            *inputs: In the file's order, batch first; one whose samples have as many numbers in another shape
+                (flattened, or with axes of one) is reshaped.
             **named: Or by their names.
 
         Raises:
@@ -132,9 +132,9 @@ class OnnxModel(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write the file with the weights that the model has now.
 
-        Everything else is as it was read: names, metadata, opset, doc strings, the layout of external data. A weight that
-        the file holds as whole numbers is rounded to the nearest with the file's scale; one that did not change keeps its
-        bits.
+        Everything else is as it was read: names, metadata, opset, doc strings, the layout of external data. A weight
+        that the file holds as whole numbers is rounded to the nearest with the file's scale; one that did not change
+        keeps its bits.
 
         Raises:
             OutputError: It cannot be written. What was there stays.
@@ -199,7 +199,9 @@ def fitted(wanted: Input, given: Tensor) -> Tensor:
     """
     floats = wanted.dtype.is_floating_point
     if floats != given.is_floating_point():
-        raise BatchError(f"input {wanted.name!r} is {_described(wanted)}, not {str(given.dtype).removeprefix('torch.')}.")
+        raise BatchError(
+            f"input {wanted.name!r} is {_described(wanted)}, not {str(given.dtype).removeprefix('torch.')}."
+        )
     if given.dtype != wanted.dtype and not floats:
         given = given.to(wanted.dtype)
     if not wanted.shape:
@@ -259,8 +261,8 @@ def _check_free(model: OnnxModel) -> None:
         why = str(error)
     if why:
         raise UnsupportedModelError(
-            f"{model.file.path}: the batch size {size} is written into the file, and cannot be freed: {why}. Export the "
-            "model with a dynamic batch axis."
+            f"{model.file.path}: the batch size {size} is written into the file, and cannot be freed: {why}. Export "
+            "the model with a dynamic batch axis."
         )
 
 

@@ -33,8 +33,8 @@ def layer_normalization(node: Node, value: Tensor, scale: Tensor, bias: Tensor |
 @operator("RMSNormalization", trains=(1,))
 def rms_normalization(node: Node, value: Tensor, scale: Tensor) -> Tensor:
     axes = list(range(node.get("axis", -1) % value.dim(), value.dim()))
-    mean = value.square().mean(axes, keepdim=True)
-    return value * (mean + node.get("epsilon", 1e-5)).rsqrt() * scale
+    mean, epsilon = value.square().mean(axes, keepdim=True), float(node.get("epsilon", 1e-5))
+    return value * (mean + epsilon).rsqrt() * scale
 
 
 @operator("InstanceNormalization", trains=(1, 2))
@@ -42,12 +42,17 @@ def instance_normalization(node: Node, value: Tensor, scale: Tensor, bias: Tenso
     return F.instance_norm(value, None, None, scale, bias, True, 0.0, node.get("epsilon", 1e-5))
 
 
-@operator("GroupNormalization", trains=(1, 2), limits="before opset 21 scale and bias are one a group, since then a channel")
+@operator(
+    "GroupNormalization", trains=(1, 2), limits="before opset 21 scale and bias are one a group, since then a channel"
+)
 def group_normalization(node: Node, value: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     groups, each = node.get("num_groups"), value.shape[1] // node.get("num_groups")
     if scale.shape[0] == groups and groups != value.shape[1]:
         scale, bias = scale.repeat_interleave(each), bias.repeat_interleave(each)
     return F.group_norm(value, groups, scale, bias, node.get("epsilon", 1e-5))
+
+
+_LRN = {"bias": 1.0, "alpha": 1e-4, "beta": 0.75}
 
 
 @operator("LRN")
@@ -58,8 +63,9 @@ def lrn(node: Node, value: Tensor) -> Tensor:
     squares = squares.permute(1, 2, 0)
     padded = F.pad(squares, ((width - 1) // 2, width // 2))
     summed = padded.unfold(2, width, 1).sum(-1).permute(0, 2, 1).reshape(value.shape)
-    base = node.get("bias", 1.0) + node.get("alpha", 1e-4) / width * summed
-    return value / base ** node.get("beta", 0.75)
+    bias, alpha, beta = (float(node.get(name, usual)) for name, usual in _LRN.items())
+    base: Tensor = bias + alpha / width * summed
+    return value / base.pow(beta)
 
 
 @operator("MeanVarianceNormalization")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +33,9 @@ def _log_sum_exp(value: Tensor, axes: list[int], keep: bool) -> Tensor:
 def _mean(value: Tensor, axes: list[int], keep: bool) -> Tensor:
     if value.is_floating_point():
         return value.mean(axes, keepdim=keep)
-    return torch.div(value.sum(axes, keepdim=keep), math.prod(value.shape[axis] for axis in axes), rounding_mode="trunc")
+    return torch.div(
+        value.sum(axes, keepdim=keep), math.prod(value.shape[axis] for axis in axes), rounding_mode="trunc"
+    )
 
 
 _REDUCTIONS: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
@@ -70,7 +71,7 @@ def _reduction(name: str) -> Callable[..., Tensor]:
     def reduce(node: Node, value: Tensor, axes: Array | None = None) -> Tensor:
         which = _axes(node, value, axes)
         if not which:
-            return _OF_NOTHING.get(name, lambda same: same)(value)
+            return _OF_NOTHING[name](value) if name in _OF_NOTHING else value
         dtype = value.dtype
         return compute(value, which, bool(node.get("keepdims", 1))).to(dtype)
 
@@ -83,9 +84,9 @@ for _name in _REDUCTIONS:
 
 def _arg(node: Node, value: Tensor, compute: Callable[..., Tensor]) -> Tensor:
     axis, keep = node.get("axis", 0), bool(node.get("keepdims", 1))
-    if not node.get("select_last_index", 0):
-        return compute(value, axis, keepdim=keep)
-    return value.shape[axis] - 1 - compute(value.flip(axis), axis, keepdim=keep)
+    last = bool(node.get("select_last_index", 0))
+    found: Tensor = compute(value.flip(axis) if last else value, axis, keepdim=keep)
+    return value.shape[axis] - 1 - found if last else found
 
 
 @operator("ArgMax")
@@ -121,5 +122,3 @@ def cum_sum(node: Node, value: Tensor, axis: Array) -> Tensor:
 def lp_normalization(node: Node, value: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(value, node.get("p", 2), node.get("axis", -1), keepdim=True)
     return torch.where(norm == 0, torch.zeros_like(value), value / norm)
-
-

@@ -15,9 +15,7 @@ from .values import Array, check_size, integers
 
 _COORDINATES: dict[str, Callable[[Any, float, int, int], Any]] = {
     "half_pixel": lambda x, scale, old, new: (x + 0.5) / scale - 0.5,
-    "half_pixel_symmetric": lambda x, scale, old, new: (
-        old / 2 * (1 - new / (scale * old)) + (x + 0.5) / scale - 0.5
-    ),
+    "half_pixel_symmetric": lambda x, scale, old, new: old / 2 * (1 - new / (scale * old)) + (x + 0.5) / scale - 0.5,
     "pytorch_half_pixel": lambda x, scale, old, new: (x + 0.5) / scale - 0.5 if new > 1 else np.zeros_like(x),
     "align_corners": lambda x, scale, old, new: x * (old - 1) / (new - 1) if new > 1 else np.zeros_like(x),
     "asymmetric": lambda x, scale, old, new: x / scale,

@@ -137,7 +137,9 @@ def expand(node: Node, value: Tensor, shape: Array) -> Tensor:
     sizes = check_size(integers(shape))
     rank = max(value.dim(), len(sizes))
     sizes, own = [1] * (rank - len(sizes)) + sizes, [1] * (rank - value.dim()) + list(value.shape)
-    target = [mine if isinstance(wanted, int) and wanted == 1 else wanted for mine, wanted in zip(own, sizes, strict=True)]
+    target = [
+        mine if isinstance(wanted, int) and wanted == 1 else wanted for mine, wanted in zip(own, sizes, strict=True)
+    ]
     return value.expand(target)
 
 
@@ -169,7 +171,7 @@ def eye_like(node: Node, value: Tensor) -> Tensor:
     dtype = dtype_of(node.get("dtype")) if node.get("dtype") is not None else value.dtype
     rows, columns = value.shape
     across = torch.arange(columns, device=value.device)[None] - torch.arange(rows, device=value.device)[:, None]
-    return (across == node.get("k", 0)).to(dtype)
+    return torch.eq(across, node.get("k", 0)).to(dtype)
 
 
 @operator("Trilu", static=(1,))

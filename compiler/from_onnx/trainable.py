@@ -6,8 +6,8 @@ model's input; directly, or through operators that only carry it (`CARRIERS`). S
 products, normalisations and recurrent layers, embeddings, and what is added to or multiplied with activations; not the
 mean and variance of a batch normalisation, nor shapes, scales of a ``Resize`` or of a quantiser, bounds of a ``Clip``.
 
-Of what is added, multiplied or joined, these are no weights: a single number (but the bias of a single output is one), a
-mask (it holds infinities or numbers below -1e4), and behind ``Concat`` what is all the same number.
+Of what is added, multiplied or joined, these are no weights: a single number (but the bias of a single output is one),
+a mask (it holds infinities or numbers below -1e4), and behind ``Concat`` what is all the same number.
 
 Whole numbers are weights behind ``DequantizeLinear``: `quantised` says how those train.
 """
