@@ -27,6 +27,7 @@ from onward.compiler.from_onnx.quantised import EXPANDED, fake_quantise  # noqa:
 from onward.compiler.from_onnx.values import to_tensor  # noqa: E402
 from onward.passes.errors import OutputError, UnsupportedModelError  # noqa: E402
 
+MASK = np.array([[0, 0, 0, -np.inf]], np.float32)
 DOCS = Path(__file__).parents[1] / "docs" / "onnx-import.md"
 
 
@@ -103,7 +104,7 @@ def test_a_step_trains_every_parameter_at_other_batch_sizes_too(tmp_path: Path, 
     [
         ([node("Mul", "x w", "y")], {"w": weights(4)}, ["w"]),
         ([node("Mul", "x w", "z"), node("Add", "z b", "y")], {"w": weights(4), "b": np.float32(2.0)}, ["w"]),
-        ([node("Mul", "x w", "z"), node("Add", "z m", "y")], {"w": weights(4), "m": np.array([[0, 0, 0, -np.inf]], np.float32)},
+        ([node("Mul", "x w", "z"), node("Add", "z m", "y")], {"w": weights(4), "m": MASK},
          ["w"]),
         ([node("Transpose", "w", "t"), node("MatMul", "x t", "y")], {"w": weights(3, 4)}, ["w"]),
         ([node("Identity", "w", "v"), node("Unsqueeze", "v axes", "u"), node("MatMul", "x u", "y")],
@@ -114,7 +115,8 @@ def test_a_step_trains_every_parameter_at_other_batch_sizes_too(tmp_path: Path, 
          {"w": weights(1, 4), "zeros": np.zeros((1, 2), np.float32), "v": weights(10, 2)}, ["w", "v"]),
         ([node("Clip", "x low high", "c"), node("PRelu", "c slope", "y")],
          {"low": np.float32(-1), "high": np.float32(1), "slope": weights(4)}, ["slope"]),
-        ([node("Constant", "", "w", value=numpy_helper.from_array(weights(4, 2))), node("MatMul", "x w", "y")], {}, ["w"]),
+        ([node("Constant", "", "w", value=numpy_helper.from_array(weights(4, 2))), node("MatMul", "x w", "y")], {},
+         ["w"]),
     ],
 )  # fmt: skip
 def test_which_constants_are_weights(tmp_path: Path, nodes: Any, held: Any, trains: list[str]) -> None:
@@ -246,7 +248,8 @@ def classifier() -> Any:
     nodes = [
         node("Scaler", "x", "scaled", domain=ml, offset=[0.5] * 4, scale=[2.0] * 4),
         node("LinearClassifier", "scaled", "label raw", domain=ml, name="classifier", classlabels_ints=[0, 1, 2],
-             coefficients=weights(12).tolist(), intercepts=weights(3).tolist(), post_transform="SOFTMAX", multi_class=1),
+             coefficients=weights(12).tolist(), intercepts=weights(3).tolist(), multi_class=1,
+             post_transform="SOFTMAX"),
         node("Normalizer", "raw", "normal", domain=ml, norm="L1"),
         node("ZipMap", "normal", "probabilities", domain=ml, classlabels_int64s=[0, 1, 2]),
     ]  # fmt: skip

@@ -189,6 +189,7 @@ def body() -> Any:
 STRINGS = [tensor("x", "N", 4), tensor("words", "N", kind=TensorProto.STRING)]
 SEQUENCE = helper.make_tensor_sequence_value_info("x", 1, ["N", 4])
 
+CROP = "tf_crop_and_resize"
 UNREAD = {
     "operator": (
         net(node("MatMul", "x w", "m"), node("StringNormalizer", "words", "s"), node("Add", "m w", "y"),
@@ -216,9 +217,10 @@ UNREAD = {
             inputs=[tensor("x", 1, 4)]),
         "Reshape 'odd' (node 2 of the graph): input 1 depends on values of the model's input"),
     "mode": (
-        net(node("Resize", "x _ s", "r", mode="nearest", coordinate_transformation_mode="tf_crop_and_resize", name="crop"),
-            node("MatMul", "r w", "y"), inputs=[tensor("x", 1, 4)], held={"w": weights(4, 4), "s": np.ones(2, np.float32)}),
-        "Resize 'crop' (node 0 of the graph): coordinate_transformation_mode 'tf_crop_and_resize' is not read by Resize."),
+        net(node("Resize", "x _ s", "r", mode="nearest", coordinate_transformation_mode=CROP, name="crop"),
+            node("MatMul", "r w", "y"), inputs=[tensor("x", 1, 4)],
+            held={"w": weights(4, 4), "s": np.ones(2, np.float32)}),
+        f"Resize 'crop' (node 0 of the graph): coordinate_transformation_mode '{CROP}' is not read by Resize."),
     "lengths": (
         net(node("LSTM", "x a b _ n", "y", hidden_size=4, name="rnn"), inputs=[tensor("x", 3, 1, 4)],
             held={"a": weights(1, 16, 4), "b": weights(1, 16, 4), "n": np.array([2], np.int32)}),

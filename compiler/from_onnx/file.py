@@ -92,6 +92,8 @@ def read_file(path: str | Path) -> ModelFile:
         raise ModelFileError(f"{path}: it is no ONNX file, or is damaged or cut off: {error}.") from error
     if not proto.ir_version or not proto.graph.node or not proto.opset_import:
         raise ModelFileError(f"{path}: it is no ONNX file: no version, operators or nodes are in it.")
+    if not all(isinstance(name, str) for name in _names(proto.graph)):  # protobuf gives bytes where it cannot decode
+        raise ModelFileError(f"{path}: it is damaged: a name in it is no text.")
     opsets = {_domain(each.domain): each.version for each in proto.opset_import}
     version = opsets.get("", CONVERTED_TO)
     if version > NEWEST:
@@ -135,6 +137,16 @@ def _graphs(graph: Any) -> Iterator[Any]:
         for attribute in node.attribute:
             for inner in [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs:
                 yield from _graphs(inner)
+
+
+def _names(graph: Any) -> Iterator[Any]:
+    """Every name in a graph, of any kind."""
+    for each in _graphs(graph):
+        for one in (*each.initializer, *each.input, *each.output):
+            yield one.name
+        for node in each.node:
+            yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+            yield from (attribute.name for attribute in node.attribute)
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
