@@ -40,7 +40,9 @@ def transformed(node: Node, scores: Tensor) -> Tensor:
 def linear_classifier(node: Node, value: Tensor, coefficients: Tensor, intercepts: Tensor | None = None) -> Any:
     """Of two classes there may be the row of one: its score is the second's, and ``1 - score`` or ``-score`` the
     first's."""
-    features = value.shape[-1]
+    features, rows = value.shape[-1], 1 if intercepts is None else intercepts.shape[0]
+    if coefficients.shape[0] % features or (intercepts is not None and coefficients.shape[0] != rows * features):
+        raise refuse(node, f"{coefficients.shape[0]} coefficients for {features} features and {rows} intercepts")
     scores = torch.matmul(value.to(coefficients.dtype), coefficients.reshape(-1, features).t())
     scores = scores if intercepts is None else scores + intercepts
     labels = node.get("classlabels_ints") or node.get("classlabels_strings") or []
