@@ -23,6 +23,8 @@ from onnx_files import node, tensor, weights  # noqa: E402
 
 import onward  # noqa: E402
 from onward.compiler.from_onnx import OPERATORS, OnnxModel, load  # noqa: E402
+from onward.compiler.from_onnx.listing import table  # noqa: E402
+from onward.compiler.from_onnx.listing import weights as weights_listed  # noqa: E402
 from onward.compiler.from_onnx.quantised import EXPANDED, fake_quantise  # noqa: E402
 from onward.compiler.from_onnx.values import to_tensor  # noqa: E402
 from onward.passes.errors import OutputError, UnsupportedModelError  # noqa: E402
@@ -477,10 +479,9 @@ def test_only_a_file_is_written_back(tmp_path: Path) -> None:
 
 
 def test_the_page_lists_the_operators() -> None:
-    from onward.compiler.from_onnx.listing import table
-
     text = DOCS.read_text()
-    assert table() in text, "python -m onward.compiler.from_onnx.listing prints the table of docs/onnx-import.md"
+    for part in (weights_listed(), table()):
+        assert part in text, "python -m onward.compiler.from_onnx.listing prints the tables of docs/onnx-import.md"
     assert f"{len(OPERATORS) + len(EXPANDED)} operators" in text
 
 

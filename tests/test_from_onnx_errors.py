@@ -245,6 +245,12 @@ def test_what_is_not_read_is_named(tmp_path: Path, case: str, monkeypatch: pytes
     assert "net.onnx" in text or text.startswith(message[:8])
 
 
+def test_a_long_chain_of_constants_is_read(tmp_path: Path) -> None:
+    chain = [node("Identity", f"c{k}" if k else "w", f"c{k + 1}") for k in range(2000)]
+    model = load(files.save(net(*chain, node("MatMul", "x c2000", "y")), tmp_path / "net.onnx"))
+    assert list(model.file_names.values()) == ["w"]
+
+
 def test_sequences_are_refused(tmp_path: Path) -> None:
     model = net(node("ConcatFromSequence", "x", "c", axis=0), node("MatMul", "c w", "y"), inputs=[SEQUENCE])
     assert "input 'x' is sequence; only tensors are read." in refused(

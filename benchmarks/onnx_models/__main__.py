@@ -57,7 +57,7 @@ class Trained:
     after: float
     first_loss: float
     last_loss: float
-    perturbed: float
+    forwards: float
     sites: int
     seconds: float
 
@@ -134,7 +134,7 @@ def train(subject: Subject, path: Path, written: Path) -> Trained:
         after=accuracy(written, task.test, subject.output),
         first_loss=losses[0],
         last_loss=losses[-1],
-        perturbed=program.forwards / program.clean_forwards,
+        forwards=(program.forwards + program.clean_forwards) / program.clean_forwards,
         sites=len(program.compiled.sites),
         seconds=seconds,
     )
@@ -142,22 +142,26 @@ def train(subject: Subject, path: Path, written: Path) -> Trained:
 
 INTRODUCTION = """# ONNX files that others wrote
 
-Each file was read by `onward.compiler.from_onnx.load`, trained without a backward pass (`estimator="auto"`, Adam, seed 0),
-written back by `save`, and tested in onnxruntime, as it came (*before*) and as it was written (*after*): accuracy on
-samples that were not trained on. The settings are those of `benchmarks/onnx_models/subjects.py`; nothing was tuned on the
-test samples. *Perturbed* are the forwards of one sample and step beside the clean one: where that
-is 0, the reach of `auto` covers the whole net, and its gradients are backpropagation's.
-
-Also tried, and refused with the reason: `logreg_iris.onnx` of onnxruntime (12 coefficients for 2 features and 3 classes: the
-file contradicts itself), and of the files that silero-vad ships those whose `If` depends on shapes that only a run shows.
+Each file was read by `onward.compiler.from_onnx.load`, trained without a backward pass (`estimator="auto"`, Adam, seed
+0), written back by `save`, and tested in onnxruntime, as it came (*before*) and as it was written (*after*): accuracy
+on samples that were not trained on. The settings are those of `benchmarks/onnx_models/subjects.py`; none was tuned.
+*Forwards* are those of one sample and step, the clean one included: where that is 1.00, the reach of `auto` covers the
+whole net, nothing is perturbed, and the gradients are backpropagation's.
 
     {commands}
 
-{machine}, one thread, shared with others; {versions}. Seconds are those of reading, compiling and training.
+{machine}, one thread, shared with others; {versions}. Seconds are those of reading, compiling and training; losses are
+those of the first and the last epoch.
 
-| file | made by | opset | nodes (operators) | trained parameters | sites | task | epochs | accuracy before | after | training loss, first and last epoch | perturbed | seconds |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|
+Also tried, and refused with the reason: `logreg_iris.onnx` of onnxruntime (12 coefficients for 2 features and 3
+classes: the file contradicts itself), and of the files that silero-vad ships those whose `If` depends on shapes that
+only a run shows.
+
 """
+HEADINGS = (
+    "file", "made by", "opset", "nodes (operators)", "trained parameters", "sites", "task", "epochs", "accuracy before",
+    "after", "training loss", "forwards", "seconds",
+)  # fmt: skip
 
 
 def write(rows: list[Trained], page: Path) -> None:
@@ -169,12 +173,16 @@ def write(rows: list[Trained], page: Path) -> None:
         machine=f"{found['cpu']}, {found['cores']} cores",
         versions=", ".join(f"{package} {version(package)}" for package in packages),
     )
-    for row in rows:
-        text += (
-            f"| {row.name} | {row.made_by} | {row.opset} | {row.nodes} ({row.operators}) | {row.parameters:,} | {row.sites} | "
-            f"{row.task} | {row.epochs} | {row.before:.3f} | {row.after:.3f} | {row.first_loss:.3f}, {row.last_loss:.3f} | "
-            f"{row.perturbed:.2f} | {row.seconds:.0f} |\n"
+    table = [HEADINGS, ("---",) * len(HEADINGS)]
+    table += [
+        (
+            row.name, row.made_by, row.opset, f"{row.nodes} ({row.operators})", f"{row.parameters:,}", str(row.sites),
+            row.task, str(row.epochs), f"{row.before:.3f}", f"{row.after:.3f}",
+            f"{row.first_loss:.3f}, {row.last_loss:.3f}", f"{row.forwards:.2f}", f"{row.seconds:.0f}",
         )
+        for row in rows
+    ]  # fmt: skip
+    text += "".join(f"| {' | '.join(cells)} |\n" for cells in table)
     page.write_text(text)
 
 

@@ -189,8 +189,8 @@ def ort_qdq(path: Path) -> None:
         torch.onnx.export(model.eval(), (x[:2],), f"{folder}/net.onnx", dynamo=False, opset_version=17,
                           input_names=["image"], output_names=["logits"],
                           dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}})  # fmt: skip
-        quantize_static(f"{folder}/net.onnx", f"{folder}/q.onnx", Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)  # fmt: skip
+        quantize_static(f"{folder}/net.onnx", f"{folder}/q.onnx", Reader(), quant_format=QuantFormat.QDQ,
+                        per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)  # fmt: skip
         made = onnx.load(f"{folder}/q.onnx")
     rng = np.random.default_rng(0)
     for tensor in made.graph.initializer:

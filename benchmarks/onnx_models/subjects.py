@@ -130,5 +130,6 @@ SUBJECTS = (
             "rapidocr_onnxruntime/models/ch_ppocr_mobile_v2.0_cls_infer.onnx"), "PaddlePaddle; ships with RapidOCR",
             turned_digits, epochs=2, lr=1e-3),
     Subject("Magika file types", ("wheel", "magika", "1.0.3", "magika/models/standard_v3_3/model.onnx"),
-            "tf2onnx (Keras); ships with Magika", sources, epochs=8, lr=5e-4),
+            "tf2onnx (JAX); ships with Magika", sources, epochs=4,
+            lr=5e-4, load={"outputs": ["jax2tf_get_logits_/pjit_get_logits_/MagikaV2/Dense_1/AddV2:0"]}),
 )  # fmt: skip

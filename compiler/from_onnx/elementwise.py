@@ -20,7 +20,7 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "Atan": torch.atan, "Sinh": torch.sinh, "Cosh": torch.cosh, "Tanh": torch.tanh, "Asinh": torch.asinh,
     "Acosh": torch.acosh, "Atanh": torch.atanh, "Relu": F.relu, "Sigmoid": torch.sigmoid, "Softplus": F.softplus,
     "Softsign": F.softsign, "HardSwish": F.hardswish, "Mish": F.mish, "Not": torch.logical_not, "IsNaN": torch.isnan,
-    "BitwiseNot": torch.bitwise_not, "Det": torch.det,
+    "BitwiseNot": torch.bitwise_not,
 }  # fmt: skip
 
 _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -36,6 +36,7 @@ def onnx_package() -> Any:
     try:
         import onnx
         import onnx.checker
+        import onnx.defs
         import onnx.inliner
         import onnx.numpy_helper
         import onnx.version_converter

@@ -253,17 +253,25 @@ class _Reader:
             self.constant_names.update(name for name in node.outputs if name)
 
     def evaluate(self, name: str) -> Array:
-        """The value of a constant."""
-        if name in self.constants:
-            return self.constants[name]
-        if name not in self.folded:
-            node = self.producers[name]
-            given = [self.evaluate(each) if each else None for each in node.inputs]
-            with torch.no_grad():
-                results = compute(node, OPERATORS[node.kind], given)
-            for made, result in zip(node.outputs, results, strict=False):
-                self.folded[made] = to_array(result) if isinstance(result, Tensor) else result
-        return self.folded[name]
+        """The value of a constant; what it is made of is computed before it."""
+        waiting = [name]
+        while waiting:
+            node = self.producers.get(waiting[-1])
+            if waiting[-1] in self.constants or waiting[-1] in self.folded or node is None:
+                waiting.pop()
+            elif missing := [each for each in node.inputs if each and self._known(each) is None]:
+                waiting += missing
+            else:
+                with torch.no_grad():
+                    results = compute(node, OPERATORS[node.kind], [self._known(each) for each in node.inputs])
+                for made, result in zip(node.outputs, results, strict=False):
+                    self.folded[made] = to_array(result) if isinstance(result, Tensor) else result
+        value = self._known(name)
+        assert value is not None
+        return value
+
+    def _known(self, name: str) -> Array | None:
+        return self.constants.get(name, self.folded.get(name))
 
     def reading(self, outputs: Sequence[str] | None, logits: bool) -> Reading:
         """The steps for the wanted outputs."""

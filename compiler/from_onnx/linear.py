@@ -1,4 +1,4 @@
-"""Matrix products."""
+"""Matrix products, and the determinant."""
 
 from __future__ import annotations
 
@@ -33,3 +33,8 @@ def gemm(node: Node, left: Tensor, right: Tensor, bias: Tensor | None = None) ->
 @operator("Einsum", trains=range(8))
 def einsum(node: Node, *operands: Tensor) -> Tensor:
     return torch.einsum(node.get("equation").replace(" ", ""), *operands)
+
+
+@operator("Det")
+def det(node: Node, value: Tensor) -> Tensor:
+    return torch.linalg.det(value)

@@ -1,8 +1,10 @@
-"""The table of operators in docs/onnx-import.md: ``python -m onward.compiler.from_onnx.listing``."""
+"""The tables of docs/onnx-import.md, from the table of operators: ``python -m onward.compiler.from_onnx.listing``."""
 
 from __future__ import annotations
 
 from . import FAMILIES, OPERATORS
+from .classical import COEFFICIENTS
+from .file import onnx_package
 from .quantised import EXPANDED
 
 
@@ -22,9 +24,27 @@ def table() -> str:
     return "\n".join([*rows, "", *notes])
 
 
+def weights() -> str:
+    """A line an operator that has weights: the names that ONNX gives to their positions."""
+    defs = onnx_package().defs
+    positions: dict[str, list[str]] = {}
+    for name, row in sorted(OPERATORS.items()):
+        if not row.trains:
+            continue
+        inputs = () if name in COEFFICIENTS else defs.get_schema(name).inputs
+        if name in COEFFICIENTS:
+            names = ", ".join(COEFFICIENTS[name])
+        elif len(inputs) == 1:
+            names = "every input"
+        else:
+            names = ", ".join(inputs[position].name for position in sorted(row.trains))
+        positions.setdefault(names, []).append(f"`{name}`")
+    return "\n".join(f"- {', '.join(operators)}: {names}" for names, operators in positions.items())
+
+
 def _defined_in(run: object, module: str) -> bool:
     return getattr(run, "__module__", "") == module
 
 
 if __name__ == "__main__":
-    print(table())
+    print(weights(), table(), sep="\n\n")

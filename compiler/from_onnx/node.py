@@ -15,7 +15,7 @@ Run = Callable[..., Any]
 _R = TypeVar("_R", bound=Run)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Node:
     """A node of the file's graph, as plain data.
 

@@ -203,7 +203,7 @@ def space_to_depth(node: Node, value: Tensor) -> Tensor:
 _PADDING = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
 
 
-@operator("Pad", static=(1, 2, 3), limits="reflect, edge and wrap along up to three axes")
+@operator("Pad", static=(1, 2, 3))
 def pad(
     node: Node, value: Tensor, pads: Array | None = None, fill: Array | None = None, axes: Array | None = None
 ) -> Tensor:

@@ -52,19 +52,21 @@ def trainable(
     """
     found: dict[str, None] = {}
 
-    def mark(name: str, is_weight: Callable[[Array], bool], dequantised: bool) -> None:
-        if name in constants:
-            array = constants[name]
-            floating = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
-            whole = dequantised and array.dtype.kind in "iu"
-            if name in slots and (floating or whole) and is_weight(array):
-                found[name] = None
-            return
-        node = producers.get(name)
-        if node is not None and node.kind in CARRIERS:
-            dequantised = dequantised or node.kind == "DequantizeLinear"
-            for source in node.inputs if node.kind == "Concat" else node.inputs[:1]:
-                mark(source, is_weight, dequantised)
+    def mark(read: str, is_weight: Callable[[Array], bool]) -> None:
+        queue = [(read, False)]
+        while queue:
+            name, dequantised = queue.pop(0)
+            node = producers.get(name)
+            if name in constants:
+                array = constants[name]
+                floating = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+                whole = dequantised and array.dtype.kind in "iu"
+                if name in slots and (floating or whole) and is_weight(array):
+                    found[name] = None
+            elif node is not None and node.kind in CARRIERS:
+                dequantised = dequantised or node.kind == "DequantizeLinear"
+                carried = node.inputs if node.kind == "Concat" else node.inputs[:1]
+                queue += [(source, dequantised) for source in carried]
 
     for node in nodes:
         if node.kind not in OPERATORS or all(not name or name in constant_names for name in node.inputs):
@@ -72,7 +74,7 @@ def trainable(
         for position in sorted(OPERATORS[node.kind].trains):
             if position < len(node.inputs) and node.inputs[position] in constant_names:
                 others = [producers.get(name) for k, name in enumerate(node.inputs) if k != position]
-                mark(node.inputs[position], _rule(node, others), False)
+                mark(node.inputs[position], _rule(node, others))
     return list(found)
 
 
