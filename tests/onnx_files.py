@@ -14,7 +14,8 @@ FLOAT = TensorProto.FLOAT
 
 
 def weights(*shape: int, seed: int = 0) -> np.ndarray:
-    return (np.random.default_rng(seed + sum(shape)).normal(size=shape) / np.sqrt(shape[-1])).astype(np.float32)
+    drawn: np.ndarray = np.random.default_rng(seed + sum(shape)).normal(size=shape) / np.sqrt(shape[-1])
+    return drawn.astype(np.float32)
 
 
 def node(op: str, inputs: str, outputs: str, domain: str = "", name: str = "", **attributes: Any) -> onnx.NodeProto:
@@ -54,7 +55,10 @@ def run(path: Path, *inputs: np.ndarray, outputs: list[str] | None = None) -> li
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(str(path), options)
-    return session.run(outputs, dict(zip([each.name for each in session.get_inputs()], inputs, strict=True)))
+    made: list[np.ndarray] = session.run(
+        outputs, dict(zip([x.name for x in session.get_inputs()], inputs, strict=True))
+    )
+    return made
 
 
 def cnn(batch: Any = "N", classes: int = 10) -> onnx.ModelProto:

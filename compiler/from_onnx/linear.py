@@ -37,4 +37,5 @@ def einsum(node: Node, *operands: Tensor) -> Tensor:
 
 @operator("Det")
 def det(node: Node, value: Tensor) -> Tensor:
-    return torch.linalg.det(value)
+    result: Tensor = torch.linalg.det(value)
+    return result
