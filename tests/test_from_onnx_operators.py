@@ -48,7 +48,7 @@ def test_operator_is_that_of_onnxruntime(row: Row) -> None:
     fixed = {name: array for name, array in feeds(row).items() if int(name[1:]) in static}
     with torch.no_grad():
         if fixed:  # what it makes is a constant
-            made = torch.from_numpy(_Reader(file, fixed).evaluate("o0"))
+            made = to_tensor(_Reader(file, fixed).evaluate("o0"))
         else:
             read = OnnxModel(file, [each.name for each in model.graph.output])
             made = read(*(to_tensor(feeds(row)[each.name]) for each in read.inputs))
