@@ -98,6 +98,7 @@ class Subject:
         freeze: Patterns of what stays as it is.
         load: Options of `onward.compiler.from_onnx.load`.
         output: Name of the output of the file that holds scores; None for its only one of floats.
+        alone: Whether it is also trained with nothing pulled back if `auto` perturbs nothing; if not, it takes too long.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Subject:
     freeze: tuple[str, ...] = ()
     load: dict[str, Any] = field(default_factory=lambda: {"logits": True})
     output: str | None = None
+    alone: bool = True
 
 
 SUBJECTS = (
@@ -131,5 +133,5 @@ SUBJECTS = (
             turned_digits, epochs=2, lr=1e-3),
     Subject("Magika file types", ("wheel", "magika", "1.0.3", "magika/models/standard_v3_3/model.onnx"),
             "tf2onnx (JAX); ships with Magika", sources, epochs=4,
-            lr=5e-4, load={"outputs": ["jax2tf_get_logits_/pjit_get_logits_/MagikaV2/Dense_1/AddV2:0"]}),
+            lr=5e-4, load={"outputs": ["jax2tf_get_logits_/pjit_get_logits_/MagikaV2/Dense_1/AddV2:0"]}, alone=False),
 )  # fmt: skip

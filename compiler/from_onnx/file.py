@@ -180,10 +180,12 @@ def slots(graph: Any) -> dict[str, Any]:
 
 
 _FIELDS = {
-    1: ("float_data", 1), 2: ("int32_data", 1), 3: ("int32_data", 1), 4: ("int32_data", 1), 5: ("int32_data", 1),
-    6: ("int32_data", 1), 7: ("int64_data", 1), 9: ("int32_data", 1), 10: ("int32_data", 1), 11: ("double_data", 1),
-    12: ("uint64_data", 1), 13: ("uint64_data", 1), 16: ("int32_data", 1),
+    1: "float_data", 2: "int32_data", 3: "int32_data", 4: "int32_data", 5: "int32_data", 6: "int32_data",
+    7: "int64_data", 9: "int32_data", 10: "int32_data", 11: "double_data", 12: "uint64_data", 13: "uint64_data",
+    16: "int32_data",
 }  # fmt: skip
+"""``TensorProto.DataType`` -> the field that holds the elements where ``raw_data`` does not."""
+
 _WIDTHS = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 
 
@@ -210,7 +212,7 @@ def read_tensor(tensor: Any, path: Path) -> Array:
     if tensor.HasField("raw_data"):
         held = len(tensor.raw_data) / width
     else:
-        held = len(getattr(tensor, _FIELDS[tensor.data_type][0]))
+        held = len(getattr(tensor, _FIELDS[tensor.data_type]))
     if held != count:
         raise ModelFileError(
             f"{where} has the shape {dims}, {count} elements, and holds {held:g}: the file is damaged."
@@ -286,7 +288,7 @@ def write_file(file: ModelFile, path: str | Path, replaced: Mapping[str, Array])
             place, offset, _ = external_place(holder, file.path)
             patches[place].append((offset, array.tobytes()))
         else:
-            for field in {field for field, _ in _FIELDS.values()}:
+            for field in set(_FIELDS.values()):
                 holder.ClearField(field)
             holder.raw_data = array.tobytes()
     folder = file.path.resolve().parent

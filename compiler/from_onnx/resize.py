@@ -119,7 +119,6 @@ def _cubic(distance: Array, a: float) -> Array:
     return result
 
 
-_PADDING = {"zeros": "zeros", "border": "border", "reflection": "reflection"}
 _MODES = {"linear": "bilinear", "bilinear": "bilinear", "nearest": "nearest", "cubic": "bicubic", "bicubic": "bicubic"}
 
 
@@ -129,6 +128,6 @@ def grid_sample(node: Node, value: Tensor, grid: Tensor) -> Tensor:
         value,
         grid,
         _MODES[node.get("mode", "linear")],
-        _PADDING[node.get("padding_mode", "zeros")],
+        node.get("padding_mode", "zeros"),
         bool(node.get("align_corners", 0)),
     )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .node import Node
-from .values import Array, dtype_of, elementwise, integer, integers, objects
+from .values import Array, dtype_of, elementwise, integers, objects
 
 LONGEST = 64
 """Elements of the longest array that is worth while to compute with as one."""
@@ -205,5 +205,3 @@ STATIC: dict[str, Static] = {
     "Shape": _shape,
 }  # fmt: skip
 """Operator -> ``(node, *arrays) -> array or tuple of them``."""
-
-__all__ = ["LONGEST", "STATIC", "integer"]
