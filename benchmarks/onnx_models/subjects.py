@@ -98,7 +98,7 @@ class Subject:
         freeze: Patterns of what stays as it is.
         load: Options of `onward.compiler.from_onnx.load`.
         output: Name of the output of the file that holds scores; None for its only one of floats.
-        alone: Whether it is also trained with nothing pulled back if `auto` perturbs nothing; if not, it takes too long.
+        alone: Whether it is also trained with nothing pulled back if `auto` perturbs nothing.
     """
 
     name: str

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ...passes.errors import BatchError, UnsupportedModelError
 from . import quantised
 from .file import ModelFile, read_file, write_file
-from .graph import Input, Latent, Source, Step, compute, read_graph
+from .graph import read_graph
+from .steps import Input, Latent, Source, Step, compute
 from .values import Array, to_array, to_tensor
 
 
@@ -41,7 +42,7 @@ class OnnxModel(nn.Module):
     nothing is dropped, and batch normalisation goes by the file's statistics.
 
     Attributes:
-        inputs: What it reads, in order (`graph.Input`).
+        inputs: What it reads, in order (`steps.Input`).
         outputs: Names of the values that it returns.
         file_names: Name of each parameter here -> its name in the file.
         batch: The batch size that is written into the file, which is free here; None where it is free there too.
