@@ -8,7 +8,12 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import torch
+import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
+
+import onward
+from onward.compiler.from_onnx import OnnxModel, load
 
 FLOAT = TensorProto.FLOAT
 
@@ -136,3 +141,36 @@ def qdq() -> onnx.ModelProto:
         node("Add", "m bias", "logits"),
     ]
     return file(nodes, [tensor("image", "N", 1, 8, 8)], ["logits"], held)
+
+
+def loaded(model: Any, path: Path, **options: Any) -> OnnxModel:
+    return load(save(model, path / "model.onnx"), **options)
+
+
+def images(count: int = 6, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def trained(
+    model: OnnxModel, inputs: Any, target: torch.Tensor, steps: int = 40, lr: float = 1e-2
+) -> tuple[float, float]:
+    """The losses of the first and the last step."""
+    program = onward.compile(
+        model, inputs, loss=F.cross_entropy, estimator=onward.LikelihoodRatio.auto(sigma=0.05, warmup=2)
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+    losses = []
+    for _ in range(steps):
+        losses.append(float(program.step(inputs, target).mean()))
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses[0], losses[-1]
+
+
+def blank(model: Any) -> bytes:
+    """A file's bytes without what its weights hold."""
+    for each in model.graph.initializer:
+        for field in ("raw_data", "float_data", "int32_data"):
+            each.ClearField(field)
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content

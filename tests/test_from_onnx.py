@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,49 +11,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from command_line import call
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 import onnx_files as files  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
-from onnx_files import node, tensor, weights  # noqa: E402
+from onnx_files import blank, images, loaded, node, tensor, trained, weights  # noqa: E402
 
 import onward  # noqa: E402
-from onward.compiler.from_onnx import OPERATORS, OnnxModel, load  # noqa: E402
+from onward.compiler.from_onnx import OPERATORS, load  # noqa: E402
 from onward.compiler.from_onnx.listing import table  # noqa: E402
 from onward.compiler.from_onnx.listing import weights as weights_listed  # noqa: E402
-from onward.compiler.from_onnx.quantised import EXPANDED, fake_quantise  # noqa: E402
-from onward.compiler.from_onnx.values import to_tensor  # noqa: E402
+from onward.compiler.from_onnx.quantised import EXPANDED  # noqa: E402
 from onward.passes.errors import OutputError, UnsupportedModelError  # noqa: E402
 
 MASK = np.array([[0, 0, 0, -np.inf]], np.float32)
 DOCS = Path(__file__).parents[1] / "docs" / "onnx-import.md"
-
-
-def loaded(model: Any, path: Path, **options: Any) -> OnnxModel:
-    return load(files.save(model, path / "model.onnx"), **options)
-
-
-def images(count: int = 6, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def trained(
-    model: OnnxModel, inputs: Any, target: torch.Tensor, steps: int = 40, lr: float = 1e-2
-) -> tuple[float, float]:
-    """The losses of the first and the last step."""
-    program = onward.compile(
-        model, inputs, loss=F.cross_entropy, estimator=onward.LikelihoodRatio.auto(sigma=0.05, warmup=2)
-    )
-    optimizer = torch.optim.Adam(model.parameters(), lr)
-    losses = []
-    for _ in range(steps):
-        losses.append(float(program.step(inputs, target).mean()))
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses[0], losses[-1]
 
 
 # ---- reading
@@ -282,14 +255,6 @@ def test_coefficients_of_a_classical_model_train_and_go_back(tmp_path: Path) -> 
 # ---- writing back
 
 
-def blank(model: Any) -> bytes:
-    """A file's bytes without what its weights hold."""
-    for each in model.graph.initializer:
-        for field in ("raw_data", "float_data", "int32_data"):
-            each.ClearField(field)
-    return model.SerializeToString(deterministic=True)
-
-
 def test_the_trained_file_is_the_file_with_other_weights(tmp_path: Path) -> None:
     model = loaded(files.cnn(), tmp_path)
     model.save(tmp_path / "same.onnx")
@@ -352,127 +317,6 @@ def test_a_write_that_fails_leaves_everything_as_it_was(tmp_path: Path, monkeypa
     monkeypatch.undo()
     with pytest.raises(OutputError, match="it is a folder"):
         model.save(tmp_path)
-
-
-# ---- quantised models
-
-
-def test_a_qdq_model_runs_its_quantised_forward(tmp_path: Path) -> None:
-    model = loaded(files.qdq(), tmp_path)
-    assert list(model.file_names.values()) == ["w_q", "b_q", "v", "bias"]
-    assert model.get_parameter("w_q").dtype == torch.float32
-    made, wanted = model(images(20)).detach().numpy(), files.run(tmp_path / "model.onnx", images(20).numpy())[0]
-    np.testing.assert_allclose(made, wanted, atol=0.05 * 0.01 * 127 * 1.01)  # one step of one activation
-    assert np.median(np.abs(made - wanted)) < 1e-6
-    model.save(tmp_path / "same.onnx")
-    assert (tmp_path / "same.onnx").read_bytes() == (tmp_path / "model.onnx").read_bytes()
-
-
-def test_a_quantised_weight_has_the_derivative_of_a_clamp_and_goes_back_as_whole_numbers(tmp_path: Path) -> None:
-    model = loaded(files.qdq(), tmp_path)
-    weight = model.get_parameter("w_q")
-    with torch.no_grad():
-        weight[0, 0, 0, 0] = 1.0  # far beyond 127 steps of 0.003
-        weight[1, 0, 0, 0] = 0.0509  # 25.45 steps of 0.002
-    latent = model.latents["w_q"]
-    assert latent.zero is not None
-    hard = fake_quantise(latent.node, weight, to_tensor(latent.scale), to_tensor(latent.zero))
-    hard.sum().backward()
-    assert hard[0, 0, 0, 0].item() == pytest.approx(127 * 0.003)
-    assert hard[1, 0, 0, 0].item() == pytest.approx(25 * 0.002)
-    assert weight.grad is not None
-    assert weight.grad[0, 0, 0, 0] == 0
-    assert (weight.grad.flatten()[1:] == 1).all()
-    model.save(tmp_path / "back.onnx")
-    held = {each.name: numpy_helper.to_array(each) for each in onnx.load(tmp_path / "back.onnx").graph.initializer}
-    assert held["w_q"].dtype == np.int8
-    assert (held["w_q"][0, 0, 0, 0], held["w_q"][1, 0, 0, 0]) == (127, 25)
-    assert torch.equal(load(tmp_path / "back.onnx")(images()), model(images()))
-
-
-def test_a_qdq_model_trains_where_autograd_gives_nothing(tmp_path: Path) -> None:
-    model = loaded(files.qdq(), tmp_path)
-    F.cross_entropy(model(images()), torch.arange(6)).backward()
-    assert model.get_parameter("w_q").grad is None
-    model.zero_grad()
-    onward.freeze(model, "v", "bias", "b_q")
-    first, last = trained(model, images(), torch.arange(6), steps=60)
-    assert last < 0.9 * first
-    model.save(tmp_path / "back.onnx")
-    before, after = onnx.load(tmp_path / "model.onnx"), onnx.load(tmp_path / "back.onnx")
-    changed = {
-        old.name for old, new in zip(before.graph.initializer, after.graph.initializer, strict=True) if old != new
-    }
-    assert changed == {"w_q"}
-    np.testing.assert_allclose(
-        files.run(tmp_path / "back.onnx", images().numpy())[0], model(images()).detach(), atol=0.05 * 0.01 * 127 * 1.01
-    )
-
-
-def test_weights_of_quantised_operators_train(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    held: dict[str, Any] = {
-        "s": np.float32(0.05), "z": np.uint8(100), "w": rng.integers(-99, 99, (10, 1, 8, 8)).astype(np.int8),
-        "ws": np.float32(0.004), "wz": np.int8(0), "b": np.zeros(10, np.int32), "ys": np.float32(0.1),
-        "yz": np.uint8(128), "shape": np.array([0, -1]),
-    }  # fmt: skip
-    nodes = [
-        node("QuantizeLinear", "x s z", "q"),
-        node("QLinearConv", "q s z w ws wz ys yz b", "c"),
-        node("DequantizeLinear", "c ys yz", "d"),
-        node("Reshape", "d shape", "y"),
-    ]
-    model = loaded(files.file(nodes, [tensor("x", "N", 1, 8, 8)], ["y"], held), tmp_path)
-    assert list(model.file_names.values()) == ["w", "b"]
-    wanted = files.run(tmp_path / "model.onnx", images().numpy())[0]
-    np.testing.assert_allclose(model(images()).detach(), wanted, atol=0.101)
-    first, last = trained(model, images(), torch.arange(6), steps=30)
-    assert last < first
-
-
-# ---- the command line
-
-
-def test_train_writes_the_trained_file(tmp_path: Path) -> None:
-    path, out = files.save(files.cnn(), tmp_path / "net.onnx"), tmp_path / "out" / "trained.onnx"
-    call("train", "--model", path, "--epochs", 2, "--warmup", 2, "--lr", 5e-3, "--threads", 1, "-q", "--save-onnx", out,
-         "--freeze", "norm", "--json", tmp_path / "r.json")  # fmt: skip
-    data = onward.models.load("digits")
-    images, target = data.test.tensors
-    assert blank(onnx.load(path)) == blank(onnx.load(out))
-    accuracy = (files.run(out, images.numpy())[0].argmax(1) == target.numpy()).mean()
-    result = json.loads((tmp_path / "r.json").read_text())
-    assert result["test_accuracy"] == pytest.approx(accuracy, abs=0.003)
-    assert accuracy > (files.run(path, images.numpy())[0].argmax(1) == target.numpy()).mean()
-
-
-def test_compile_and_inspect_take_a_file(tmp_path: Path) -> None:
-    path = files.save(files.cnn(), tmp_path / "net.onnx")
-    assert "nodes.head/Gemm" in call("inspect", path).output
-    call("compile", path, "-o", tmp_path / "compiled")
-    assert (tmp_path / "compiled" / "manifest.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("model", "arguments", "message"),
-    [
-        (files.cnn(classes=7), (), "gives 7 scores a sample; data set 'digits' has 10 classes."),
-        (files.mlp(features=9), (), "input 'x' is float32 [batch, 9]; the batch is [2, 1, 8, 8]."),
-        (files.cnn(), ("--data", "surnames"), "input 'image' is float32 [batch, 1, 8, 8], not int64."),
-        (files.cnn(), ("--model-option", "width=3"), "unknown option of model"),
-        (files.cnn(), ("--model-option", "outputs=r,logits"), "has 2 outputs (r, logits), and the loss of a data set"),
-        (files.cnn(), ("--model-option", "outputs=nothing"), "unknown value of the file 'nothing'"),
-    ],
-)
-def test_a_file_that_does_not_fit_the_data_is_refused(tmp_path: Path, model: Any, arguments: Any, message: str) -> None:
-    path = files.save(model, tmp_path / "net.onnx")
-    assert message in " ".join(call("train", "--model", path, *arguments, code=2).output.split())
-
-
-def test_only_a_file_is_written_back(tmp_path: Path) -> None:
-    out = call("train", "--model", "mlp", "--save-onnx", tmp_path / "x.onnx", code=2).output
-    assert "--save-onnx writes back a model that was read from a file" in out
-    assert not list(tmp_path.iterdir())
 
 
 # ---- the page
