@@ -54,7 +54,7 @@ $(runtime): pyproject.toml constraints.txt
 	  echo "Onward needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | tail -n 1)." \
 	    "Name another one, for example: make demo PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
-	$(pip_install) -e .
+	$(pip_install) -e '.[torch]'
 	@touch $@
 
 $(dev): $(runtime)

@@ -75,8 +75,8 @@ def save_program(
     return manifest
 
 
-def check_folder(folder: Path, *, replace: bool) -> None:
-    """Raise `OutputError` if `save_program` may not write `folder`."""
+def check_folder(folder: Path, *, replace: bool, format: str = FORMAT) -> None:
+    """Raise `OutputError` if `save_program`, or what else writes manifests of a `format`, may not write `folder`."""
     try:
         if not folder.exists():
             return
@@ -90,7 +90,7 @@ def check_folder(folder: Path, *, replace: bool) -> None:
         raise OutputError(
             f"{folder} is not empty. Choose another folder, or replace what was compiled there (--force)."
         )
-    if not _is_program(folder):
+    if not _is_program(folder, format):
         raise OutputError(
             f"{folder} holds something else than a compiled program, so it is not replaced. Choose another."
         )
@@ -114,9 +114,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _is_program(folder: Path) -> bool:
+def _is_program(folder: Path, format: str) -> bool:
     try:
-        return bool(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["format"] == FORMAT)
+        return bool(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["format"] == format)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -82,6 +82,14 @@ class ModelFileError(OnwardError, RuntimeError):
     """A file of a model cannot be read: missing, damaged, not of its format, or reaching outside its folder."""
 
 
+class FolderError(OnwardError, RuntimeError):
+    """An exported folder cannot be used: damaged, not whole, or of another version."""
+
+
+class ExportError(OnwardError, RuntimeError):
+    """A program has no form in ONNX; the message names the operation or the setting."""
+
+
 class DataError(OnwardError, RuntimeError):
     """A data set cannot be loaded, with the reason and what to install or do."""
 

@@ -250,7 +250,7 @@ def learn(
     error, observed = state.projected(probe.error).repeat(draws, 1), state.projected(seen)
     rows: dict[int, NoiseRows] = {}
     predicted: dict[int, Tensor] = {}
-    amplitudes = {site.index: _amplitudes(site, probe) for site in sites}
+    amplitudes = {site.index: amplitudes_of(site, probe) for site in sites}
     for site in sites:
         rows[site.index] = NoiseRows(site, probe, noise, amplitudes[site.index])
         predicted[site.index] = noise_product(state.jacobians[site.index], rows[site.index]).mul_(sigmas[site.index])
@@ -269,19 +269,19 @@ def learn(
     count = draws * samples
     wanted = max(SLOW_STEP, 1.0 / (state.steps + 1))
     step = min(wanted, count / (count + coordinates))
-    faster = _steps_of_outputs(means, reached, outputs, wanted, count) / step if reached else observed.new_ones(1)
+    faster = steps_of_outputs(means, reached, outputs, wanted, count) / step if reached else observed.new_ones(1)
     jacobians, slopes = {}, {}
     along_residual = (residual * error).sum(1)
     if state.basis is not None:  # what the loss feels of the response beside the basis
         along_residual += (seen * probe.error.repeat(draws, 1)).sum(1) - (observed * error).sum(1)
-    weighted = residual * _sample_weights(squares, means, coordinates).repeat(draws)[:, None]
+    weighted = residual * sample_weights(squares, means, coordinates).repeat(draws)[:, None]
     for site in sites:
         index = site.index
         mean = noise_product(weighted, rows[index], transposed=True) / count
         scale = step / sigmas[index] / means[index].clamp_min(1.0 / count)
         change = scale[:, None] * mean
         if reached:
-            change = _within_reach(change, reached.get(index)).mul_(faster)
+            change = within_reach(change, reached.get(index)).mul_(faster)
         jacobians[index] = state.jacobians[index] + change
         along = (predicted[index] * error).sum(1)
         own = float(((along_residual + along) * along).sum())
@@ -308,7 +308,7 @@ def learn(
     return (learned.turned(probe.error, 1 - (1 - BASIS_PACE * step) ** every) if moves else learned), response
 
 
-def _within_reach(jacobian: Tensor, reach: Tensor | None) -> Tensor:
+def within_reach(jacobian: Tensor, reach: Tensor | None) -> Tensor:
     """A Jacobian with zeros where a row of the graph does not reach a node's output (`compiler.node_reach`)."""
     if reach is None:
         return jacobian
@@ -316,8 +316,8 @@ def _within_reach(jacobian: Tensor, reach: Tensor | None) -> Tensor:
     return (jacobian.reshape(rows, -1, nodes, jacobian.shape[1] // nodes) * reach[:, None, :, None]).view_as(jacobian)
 
 
-def _steps_of_outputs(
-    means: dict[int, Tensor], reached: Mapping[int, Tensor], outputs: int, wanted: float, count: int
+def steps_of_outputs(
+    means: dict[int, Tensor], reached: Mapping[int, Tensor], outputs: int, wanted: float | Tensor, count: int
 ) -> Tensor:
     """The learning step of each output, ``(outputs,)``: its Jacobian has only the coordinates that reach it, so that
     d of the bound ``N / (N + d)`` is the number of those."""
@@ -347,7 +347,7 @@ class NoiseRows:
 
     @cached_property
     def values(self) -> Tensor:
-        site, probe, layout, samples = self.site, self.probe, self.site.grid, len(self.amplitudes)
+        site, probe, layout, samples = self.site, self.probe, self.site.grid, self.amplitudes.shape[0]
         shape = list(layout.sizes)
         shape[layout.dim] *= samples
         zeros = probe.response.new_zeros(shape)
@@ -371,7 +371,7 @@ def product_of_rows(right: Tensor, rows: NoiseRows, transposed: bool, alive: Ten
     return (rows.values.T if transposed else rows.values) @ right
 
 
-def _amplitudes(site: Site, probe: Probe) -> Tensor:
+def amplitudes_of(site: Site, probe: Probe) -> Tensor:
     """How many coordinates of every sample's blocks received noise, ``(samples, blocks)``."""
     samples, layout, coarse = probe.response.shape[1], site.layout, site.grid
     mask = probe.alive.get(site.index)
@@ -386,9 +386,9 @@ def _amplitudes(site: Site, probe: Probe) -> Tensor:
     return to_rows(mask, layout, samples).to(probe.response.dtype)
 
 
-def _sample_weights(squares: dict[int, Tensor], means: dict[int, Tensor], coordinates: int) -> Tensor:
+def sample_weights(squares: dict[int, Tensor], means: dict[int, Tensor], coordinates: int | Tensor) -> Tensor:
     """``min(1, d / T)`` of every sample (see `learn`), ``(samples,)``."""
-    terms = [square @ means[index].clamp_min(1 / len(square)).reciprocal() for index, square in squares.items()]
+    terms = [square @ means[index].clamp_min(1 / square.shape[0]).reciprocal() for index, square in squares.items()]
     return (coordinates / sum(terms[1:], terms[0]).clamp_min(1)).clamp_max(1)
 
 

@@ -115,7 +115,7 @@ class Program:
             LossShapeError, NonFiniteLossError, OutOfMemoryError: see `passes.errors`. Whatever is raised, gradients,
                 buffers, weights and `sigmas` are as before the step.
         """
-        given, parameters, buffers = self._bind(inputs, target)
+        given, parameters, buffers = self.bind(inputs, target)
         environment, sigmas = given.environment, list(self.sigmas)
         try:
             with torch.no_grad(), self.executor.threads():
@@ -170,9 +170,21 @@ class Program:
             OptionError: `choose` names what this program leaves no choice of, or `batch_size` is no number of samples.
             BatchError, ModeError, LossShapeError, NonFiniteLossError: as for `step`.
         """
-        given, _, _ = self._bind(inputs, target)
+        given, _, _ = self.bind(inputs, target)
         with torch.no_grad(), self.executor.threads():
             return calibrate(self.executor, given, budget, choose, batch_size)
+
+    @torch.inference_mode(False)
+    def measured_sigmas(self, inputs: Any, target: Any) -> list[float]:
+        """What ``sigma="auto"`` would measure on a batch, by site; changes nothing. Raises as `step`."""
+        given, _, _ = self.bind(inputs, target)
+        held = list(self.sigmas)
+        try:
+            with torch.no_grad(), self.executor.threads():
+                self._measure_sigmas(given)
+            return list(self.sigmas)
+        finally:
+            self.sigmas[:] = held
 
     def per_sample_loss(self, output: Any, target: Any) -> Tensor:
         """The loss of an output of the model, ``(N,)``; ``()`` with ``credit="batch"``."""
@@ -271,7 +283,7 @@ class Program:
     def _per_sample(self) -> bool:
         return self.compiled.estimator.credit == "sample"
 
-    def _bind(self, inputs: Any, target: Any) -> tuple[StepInput, dict[str, nn.Parameter], dict[str, Tensor]]:
+    def bind(self, inputs: Any, target: Any) -> tuple[StepInput, dict[str, nn.Parameter], dict[str, Tensor]]:
         """What the next step is a function of, checked; and the model's parameters and buffers by name."""
         leaves, samples = check_batch(inputs, self.compiled.captured.signature, self._needs_two)
         if isinstance(self.loss, WholeLoss):
@@ -282,7 +294,7 @@ class Program:
         device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
         given = StepInput(
             self._environment(parameters, buffers, leaves, device),
-            self._loss(target, device),
+            self.loss_of(target, device),
             samples,
             device,
             target,
@@ -298,7 +310,7 @@ class Program:
         if self.compiled.estimator.sampling == "all":
             return given, None
         clean = self.executor.run_clean(given)
-        return sampled(given, clean.error, self.compiled.captured.signature, self._loss), clean.result
+        return sampled(given, clean.error, self.compiled.captured.signature, self.loss_of), clean.result
 
     def _measure_sigmas(self, given: StepInput) -> tuple[float, int]:
         """Take σ from the batch at hand; the perturbed forwards a sample that it took, and the step to do so again."""
@@ -327,7 +339,7 @@ class Program:
         environment["runtime:sigmas"] = sigmas.to(device, non_blocking=True)
         return environment
 
-    def _loss(self, target: Any, device: torch.device) -> Any:
+    def loss_of(self, target: Any, device: torch.device) -> Any:
         """`StepInput.loss`; of a perturbed part of the batch the samples are its first."""
         spec = self.compiled.captured.out_spec
 

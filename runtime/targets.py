@@ -48,7 +48,7 @@ def take_rows(target: Any, rows: Tensor, samples: int) -> Any:
 def num_rows(leaf: Any) -> int | None:
     """First dimension of a tensor or an array, length of a list; None for anything else."""
     if isinstance(leaf, (Tensor, np.ndarray)):
-        return int(leaf.shape[0]) if leaf.ndim else None
+        return leaf.shape[0] if leaf.ndim else None
     return len(leaf) if isinstance(leaf, list) else None
 
 

@@ -82,7 +82,7 @@ def reference(program: onward.Program, x: Any, y: Any, asked: Collection[str], r
     """The gradients that segments cut behind the nodes called `asked` have to give."""
     module = graph_of_sites(program)
     cuts = Cuts(module, asked)
-    environment = program._bind(x, y)[0].environment
+    environment = program.bind(x, y)[0].environment
     clean = {**environment, "runtime:copies": torch.zeros(1, dtype=torch.int64)}
     for stage in program.executor.stages:
         clean.update(stage(clean))

@@ -35,7 +35,7 @@ def program_for(model: nn.Module, x: Tensor, loss: Any = F.cross_entropy, **sett
 
 
 def repeated(program: onward.Program, x: Tensor, y: Tensor, repetitions: int) -> dict[int, Tensor]:
-    given, _, _ = program._bind(x, y)
+    given, _, _ = program.bind(x, y)
     return repeated_gradients(program.compiled, program.sigmas, given, repetitions)
 
 
@@ -92,7 +92,7 @@ def test_the_variance_of_a_linear_model_is_the_closed_form(repetitions: int) -> 
 def test_a_calibration_shows_that_variance() -> None:
     program, x, t = linear_case()
     (row,) = program.calibrate(x, t, budget=2.0, choose=("copies",)).sites
-    given, _, _ = program._bind(x, t)
+    given, _, _ = program.bind(x, t)
     assert row.variance == variance(repeated_gradients(program.compiled, [0.3], given, 8)[0])
     assert row.sigma == 0.3
     # the loss is linear: mean((t·ε)²) is |t|² but for products of different numbers

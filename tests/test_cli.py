@@ -48,6 +48,18 @@ COMPARE = {
 OPTIONS = {
     "train": TRAIN | COMMON,
     "compile": {"--output", "-o", "--force"} | COMMON,
+    "export": {
+        "--format",
+        "--output",
+        "-o",
+        "--data-file",
+        "--epochs",
+        "--batch-size",
+        "--lr",
+        "--optimizer",
+        "--force",
+    }
+    | COMMON,
     "inspect": {
         "--pass",
         "--format",

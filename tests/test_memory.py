@@ -153,7 +153,7 @@ def test_packed_captures_are_predicted(capture: str) -> None:
     program, *batch = compiled(resnet, replace(JOINT, capture=capture))
     predicted = rehearse(program.compiled)
     step(program, *batch)
-    given, *_ = program._bind(*batch)
+    given, *_ = program.bind(*batch)
     live = LiveBytes()
     live.ignore(*(value for value in given.environment.values() if isinstance(value, Tensor)))
     with torch.no_grad(), live:
@@ -242,7 +242,7 @@ def test_measured_captures_are_packed() -> None:
     held = {}
     for capture in ("exact", "sign"):
         program, inputs, target = compiled(mlp, LikelihoodRatio(groups="joint", copies=64, capture=capture))
-        given, *_ = program._bind(inputs, target)
+        given, *_ = program.bind(inputs, target)
         running = Step(program.executor, given)
         with torch.no_grad():
             for action in program.executor.plan[:-3]:  # all but the gradients
@@ -337,7 +337,7 @@ def in_any_order(program: onward.Program, batch: list[Tensor], seed: int) -> Ste
     tasks = make_tasks(program.compiled, program.executor.plan, in_flight=2)
     chance = Random(seed)
     done: set[int] = set()
-    running = Step(program.executor, program._bind(*batch)[0])
+    running = Step(program.executor, program.bind(*batch)[0])
     while len(done) < len(tasks):
         at = chance.choice([at for at, task in enumerate(tasks) if at not in done and done.issuperset(task.after)])
         program.executor.do(running, tasks[at].action, 0)
@@ -351,7 +351,7 @@ def test_values_go_when_the_last_reader_is_done(case: str) -> None:
     program, *batch = compiled(*CASES[case])
     executor = program.executor
     with torch.no_grad():
-        expected = executor.run(program._bind(*batch)[0]).gradients
+        expected = executor.run(program.bind(*batch)[0]).gradients
         for seed in range(3):
             running = in_any_order(program, batch, seed)
             assert not [key for key in running.environment if key.startswith(("value:", "capture:"))]
@@ -364,7 +364,7 @@ def test_a_step_without_a_perturbed_run_does_not_keep_what_only_that_reads() -> 
     program, *batch = compiled(resnet, replace(LEARNED, warmup=0))
     kept: dict[bool, set[str]] = {}
     for perturbed in (True, False):
-        given = replace(program._bind(*batch)[0], perturbed=perturbed)
+        given = replace(program.bind(*batch)[0], perturbed=perturbed)
         running = Step(program.executor, given)
         with torch.no_grad():
             for action in program.executor.clean_plan[: len(program.compiled.stages)]:

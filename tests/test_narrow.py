@@ -110,7 +110,7 @@ def test_gradients_are_unbiased(groups: str, pooling: str) -> None:
     torch.manual_seed(0)
     model, (x, y) = Image(pooling).double(), batch()
     program = compiled(model, x, groups=groups, sigma=1e-3, copies=2)
-    given = program._bind(x, y)[0]
+    given = program.bind(x, y)[0]
     with torch.no_grad():
         repeated = repeated_gradients(program.compiled, program.sigmas, given, 400)
     exact = torch.autograd.grad(F.mse_loss(model(x), y), list(model.parameters()))
@@ -127,7 +127,7 @@ def test_it_has_less_variance_for_the_same_pairs() -> None:
     found = {}
     for placement in ("alive", "narrow"):
         program = compiled(model, x, placement=placement, copies=2)
-        given = program._bind(x, y)[0]
+        given = program.bind(x, y)[0]
         with torch.no_grad():
             repeated = repeated_gradients(program.compiled, program.sigmas, given, 60)
         found[placement] = {s.name: variance(repeated[s.index]) for s in program.compiled.sites}

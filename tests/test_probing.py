@@ -244,7 +244,7 @@ def test_the_measure_is_what_its_docstring_says() -> None:
     model, (x, _) = mlp(), data()
     program = plain(loss=F.mse_loss)
     target = torch.randn(8, 3, dtype=DOUBLE)
-    given = program._bind(x, target)[0]
+    given = program.bind(x, target)[0]
     with torch.no_grad():
         found, spent = measure(program.executor, given)
         z = model[0](x)
@@ -278,7 +278,7 @@ def test_where_nothing_is_linear_all_candidates_are_tried() -> None:
 
     program = plain(mlp(Sign), F.mse_loss)
     x, _ = data()
-    given = program._bind(x, torch.randn(8, 3, dtype=DOUBLE))[0]
+    given = program.bind(x, torch.randn(8, 3, dtype=DOUBLE))[0]
     with torch.no_grad():
         found, spent = measure(program.executor, given)
     steps = [run for run in program.compiled.runs if found[run.sites[0]].nonlinearity > LINEAR]

@@ -1,4 +1,4 @@
-"""The command line: ``onward train | compile | inspect | fidelity | compare | models | data | recipes``."""
+"""The command line: ``onward train | compile | export | inspect | fidelity | compare | models | data | recipes``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from ..runtime.versions import versions
 from .compare import compare_
 from .compile import compile_
+from .export import export_
 from .fidelity import fidelity
 from .inspect import inspect
 from .lists import data, models, recipes
@@ -34,6 +35,7 @@ def _help(documented: Callable[..., object]) -> str:
 for _name, _command in (
     ("train", train),
     ("compile", compile_),
+    ("export", export_),
     ("inspect", inspect),
     ("fidelity", fidelity),
     ("compare", compare_),
@@ -54,8 +56,9 @@ def _print_version(wanted: bool) -> None:
 _ABOUT = (
     "Compile a PyTorch model into a trainer that never backpropagates.\n\n"
     "Gradients come from perturbed forward runs (the likelihood-ratio method). `train` is the main job; `inspect` "
-    "shows what the compiler makes of a model, or why it cannot; `compile` writes it to a folder; `fidelity` "
-    "measures its gradients beside the exact ones; `compare` races it with the methods of others."
+    "shows what the compiler makes of a model, or why it cannot; `compile` writes it to a folder, and `export` its "
+    "training step as ONNX; `fidelity` measures its gradients beside the exact ones; `compare` races it with the "
+    "methods of others."
 )
 
 

@@ -127,7 +127,7 @@ def examine_schedule(
         compiled = replace(compiled, estimator=replace(compiled.estimator, warmup=0))
     model = copy.deepcopy(model)  # steps write gradients and buffers
     programs = [Program(model, compiled, loss, seed, workers=count) for count in sorted({1, workers})]
-    samples = programs[0]._bind(inputs, target)[0].samples
+    samples = programs[0].bind(inputs, target)[0].samples
     for program in programs:
         if isinstance(program.executor, ThreadedExecutor):
             program.executor.concurrent = True

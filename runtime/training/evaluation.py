@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -48,6 +49,18 @@ def _without(shape: torch.Size, dim: int) -> torch.Size:
 METRICS: dict[str, Metric] = {"accuracy": accuracy}
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards each module's ``training`` flag is what it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def evaluate(
     model: nn.Module,
     per_sample_loss: Callable[[Any, Any], Tensor],
@@ -58,25 +71,19 @@ def evaluate(
 
     Afterwards each module's ``training`` flag is what it was. Raises `DataError` if there is no batch.
     """
-    modes = [(module, module.training) for module in model.modules()]
     sums: dict[str, float] = dict.fromkeys(("loss", *metrics), 0.0)
     counts = dict.fromkeys(sums, 0)
-    try:
-        model.eval()
-        with torch.no_grad():
-            for inputs, target in batches:
-                args, kwargs = as_call(inputs)
-                output = model(*args, **kwargs)
-                count = batch_size(inputs, target)
-                found = {"loss": per_sample_loss(output, target)}
-                found |= {name: torch.as_tensor(metric(output, target)) for name, metric in metrics.items()}
-                for name, value in found.items():
-                    of = len(value) if name != "loss" and value.dim() else count  # a metric may leave samples out
-                    sums[name] += float(value.double().mean()) * of if of else 0.0
-                    counts[name] += of
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), torch.no_grad():
+        for inputs, target in batches:
+            args, kwargs = as_call(inputs)
+            output = model(*args, **kwargs)
+            count = batch_size(inputs, target)
+            found = {"loss": per_sample_loss(output, target)}
+            found |= {name: torch.as_tensor(metric(output, target)) for name, metric in metrics.items()}
+            for name, value in found.items():
+                of = len(value) if name != "loss" and value.dim() else count  # a metric may leave samples out
+                sums[name] += float(value.double().mean()) * of if of else 0.0
+                counts[name] += of
     if counts["loss"] == 0:
         raise DataError("the loader to evaluate on gave no batch")
     return {name: value / counts[name] if counts[name] else math.nan for name, value in sums.items()}

@@ -1,0 +1,1 @@
+"""A program's training step as graphs: what `onward export` writes (`step`, `save`)."""

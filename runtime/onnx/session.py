@@ -1,0 +1,122 @@
+"""Models of ONNX Runtime, called on values that stay on their device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ...passes.errors import FolderError, OptionError
+from .folder import Array
+
+Value = Any
+"""An ``onnxruntime.OrtValue``."""
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where models run.
+
+    Attributes:
+        name: "cpu" or "cuda".
+        asked: what was asked for; where it differs from `name`, that was not to be had.
+    """
+
+    name: str
+    asked: str
+
+    @classmethod
+    def find(cls, asked: str) -> Device:
+        """ "auto" is the GPU where onnxruntime has a provider for one; "cuda" falls back to the CPU where it has none.
+
+        Raises OptionError for another name.
+        """
+        if asked not in ("auto", *PROVIDERS):
+            raise OptionError(f"device {asked!r}: known are auto, cpu and cuda.")
+        has_gpu = PROVIDERS["cuda"] in ort.get_available_providers()
+        return cls("cuda" if has_gpu and asked != "cpu" else "cpu", asked)
+
+    def note(self) -> str:
+        """What a user has to know of the device."""
+        if self.asked == "cuda" and self.name == "cpu":
+            return (
+                "onnxruntime has no CUDA provider here (pip install 'onward[gpu]' brings it, and it needs a GPU with "
+                "its driver): running on the CPU"
+            )
+        return f"running on {'the GPU' if self.name == 'cuda' else 'the CPU'}"
+
+    def value(self, array: Array) -> Value:
+        """An array on the device."""
+        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array).reshape(array.shape), self.name, 0)
+
+
+class Model:
+    """A model, ready to run.
+
+    Attributes:
+        inputs, outputs: the names of what it reads and returns; `defaults` those that may be left out.
+    """
+
+    def __init__(self, path: Path, device: Device, threads: int = 0) -> None:
+        """`threads` of one call, 0 for all cores.
+
+        Raises:
+            FolderError: the file is missing, damaged, or holds what this onnxruntime does not run.
+        """
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        if threads == 1:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        chosen = [PROVIDERS[device.name]] if device.name == "cpu" else [PROVIDERS["cuda"], PROVIDERS["cpu"]]
+        if not path.is_file():
+            raise FolderError(f"{path} is missing: the folder is not whole. Export it again.")
+        try:
+            self.session = ort.InferenceSession(str(path), options, providers=chosen)
+        except Exception as error:  # onnxruntime has a class for each status code, and no common base but this
+            raise FolderError(f"{path} does not load in onnxruntime {ort.__version__}: {_first_line(error)}") from error
+        self.path, self.device = path, device
+        self.inputs = [value.name for value in self.session.get_inputs()]
+        self.defaults = [value.name for value in self.session.get_overridable_initializers()]
+        self.outputs = [value.name for value in self.session.get_outputs()]
+        self._binding = self.session.io_binding()
+
+    def __call__(self, values: Mapping[str, Value], wanted: Sequence[str] | None = None) -> dict[str, Value]:
+        """Run on what `values` has of the inputs; a call at a time, like everything of a `Model`.
+
+        Raises:
+            FolderError: an input is missing, or the model fails.
+        """
+        binding, names = self._binding, self.outputs if wanted is None else list(wanted)
+        binding.clear_binding_inputs()
+        binding.clear_binding_outputs()
+        try:
+            for name in self.inputs:
+                binding.bind_ortvalue_input(name, values[name])
+        except KeyError as error:
+            raise FolderError(f"{self.path} reads {error}, which nothing has made.") from error
+        for name in self.defaults:
+            if name in values:
+                binding.bind_ortvalue_input(name, values[name])
+        for name in names:
+            binding.bind_output(name, self.device.name)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # as above
+            raise FolderError(f"{self.path} failed: {_first_line(error)}") from error
+        return dict(zip(names, binding.get_outputs(), strict=True))
+
+
+def number(value: Value) -> Any:
+    """A 0-d value as a Python number."""
+    return value.numpy().item()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,237 @@
+"""The training loop on ONNX Runtime: epochs, evaluation, checkpoints, exact resume, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...passes.errors import CheckpointError, NonFiniteLossError, OptionError
+from .data import Judge, Score, Split
+from .files import replacing
+from .folder import Folder, read_arrays
+from .fused import FusedSteps, StepInput
+from .pipeline import TaskSteps
+from .session import Device, Value
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * min(done, 1.0))),
+}
+"""What the learning rate is multiplied with, by the share of the run's steps that are done."""
+
+EXECUTORS = ("fused", "tasks")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Attributes:
+        epochs, batch_size, lr, schedule: as in the export, if not given.
+        seed: of the order of the samples; that of the noise is the export's.
+        executor: "fused", one model a step, or "tasks", one a task, on `workers` threads in pipeline order.
+        threads: of one call of a model; 0 for all cores.
+        checkpoint_every: steps from one checkpoint to the next, beside one at the end of each epoch; 0 for none.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    schedule: str = "constant"
+    seed: int = 0
+    executor: str = "fused"
+    workers: int = 1
+    threads: int = 0
+    checkpoint_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 1), ("workers", 1), ("threads", 0), ("checkpoint_every", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise OptionError(f"{name}={value!r}: it has to be a whole number of at least {least}.")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise OptionError(f"lr={self.lr!r}: the learning rate must be positive and finite.")
+        for name, known in (("schedule", tuple(SCHEDULES)), ("executor", EXECUTORS)):
+            if getattr(self, name) not in known:
+                raise OptionError(f"{name}={getattr(self, name)!r}: known are {', '.join(known)}.")
+
+
+@dataclass(frozen=True)
+class Record:
+    """An epoch: its mean training loss, its score on the test samples (NaN without), seconds, steps so far."""
+
+    epoch: int
+    step: int
+    train_loss: float
+    loss: float
+    accuracy: float
+    seconds: float
+
+
+class Trainer:
+    """Trains an exported folder.
+
+    Attributes:
+        state: weights, buffers, optimizer and feedback, on the device.
+        step: steps taken, those before the export included; it keys the noise.
+        records: the epochs so far.
+    """
+
+    def __init__(self, folder: Folder, settings: Settings, device: Device) -> None:
+        self.folder, self.settings, self.device = folder, settings, device
+        workers, threads = settings.workers, settings.threads
+        self.steps: FusedSteps | TaskSteps = (
+            FusedSteps(folder, device, threads)
+            if settings.executor == "fused"
+            else TaskSteps(folder, device, workers, threads)
+        )
+        self.judge = Judge(folder, device, threads)
+        arrays = read_arrays(folder.file("state.npz"), folder.state)
+        self.state: dict[str, Value] = {key: device.value(array) for key, array in arrays.items()}
+        self.step = folder.step
+        self.records: list[Record] = []
+        self._done = 0
+        self._loss_sum = 0.0
+        self._stopped = False
+
+    def fit(
+        self,
+        train: Split,
+        test: Split | None = None,
+        *,
+        checkpoint: Path | None = None,
+        report: Callable[[Record], None] = lambda record: None,
+    ) -> bool:
+        """Train up to the settings' epochs, from where the state is; False if Ctrl-C ended it before.
+
+        Args:
+            train, test: samples; without `test` nothing is evaluated.
+            checkpoint: a file that holds the run's state, written whole or not at all.
+            report: told of every epoch.
+
+        Raises:
+            NonFiniteLossError: a loss or a gradient is NaN or infinite. The state is that before the step.
+        """
+        settings = self.settings
+        batches = 1 if train.whole else -(-train.samples // settings.batch_size)
+        with _Interrupt(self):
+            while len(self.records) < settings.epochs and not self._stopped:
+                started, epoch = time.perf_counter(), len(self.records)
+                given = self._inputs(train, epoch, batches)
+                for result in self.steps.run(self.state, given, self.folder.seed):
+                    if not result.finite:
+                        raise NonFiniteLossError(
+                            f"step {self.step}: the loss or a gradient is NaN or infinite (the loss is {result.loss}). "
+                            "Weights and checkpoint are as before the step. Check the data, or lower the learning rate."
+                        )
+                    self.state = result.state
+                    self.step, self._done = self.step + 1, self._done + 1
+                    self._loss_sum += result.loss
+                    every = settings.checkpoint_every
+                    if checkpoint is not None and (self._stopped or (every and self._done % every == 0)):
+                        self.save(checkpoint)
+                if self._done < batches:
+                    return False
+                score = self.judge(self.state, test, settings.batch_size) if test else Score(math.nan, math.nan)
+                seconds = time.perf_counter() - started
+                self.records.append(
+                    Record(epoch + 1, self.step, self._loss_sum / batches, score.loss, score.accuracy, seconds)
+                )
+                self._done, self._loss_sum = 0, 0.0
+                if checkpoint is not None:
+                    self.save(checkpoint)
+                report(self.records[-1])
+        return len(self.records) >= settings.epochs
+
+    def stop(self) -> None:
+        """End `fit` behind the step in progress."""
+        self._stopped = True
+
+    def _inputs(self, train: Split, epoch: int, batches: int) -> Iterator[StepInput]:
+        """What is left of an epoch: the order of its samples is a function of seed and epoch."""
+        settings = self.settings
+        order = np.random.Generator(np.random.Philox(key=[settings.seed % 2**64, epoch])).permutation(train.samples)
+        done, first = self._done, self.step - self._done
+        for place, batch in enumerate(train.batches(settings.batch_size, order)):
+            if self._stopped:
+                return
+            if place >= done:
+                share = (epoch * batches + place) / (settings.epochs * batches)
+                yield StepInput(batch, first + place, settings.lr * SCHEDULES[settings.schedule](share))
+
+    def save(self, path: Path) -> None:
+        """Write all that a run needs to go on, in one rename. Raises OutputError."""
+        progress = {
+            "model": self.folder.model,
+            "step": self.step,
+            "done": self._done,
+            "loss_sum": self._loss_sum,
+            "records": [asdict(record) for record in self.records],
+            "settings": _fixed(self.settings),
+        }
+        arrays: dict[str, Any] = {key: value.numpy() for key, value in self.state.items()}
+        arrays["progress"] = np.array(json.dumps(progress))
+        with replacing(path) as file:
+            np.savez(file, **arrays)
+
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is damaged, of another model, or of a run with other settings.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                progress = json.loads(str(archive["progress"]))
+                arrays = {form.key: archive[form.key] for form in self.folder.state}
+            misfits = [f"{form.key} {why}" for form in self.folder.state if (why := form.misfit(arrays[form.key]))]
+            records = [Record(**record) for record in progress["records"]]
+            settings, step, done = progress["settings"], int(progress["step"]), int(progress["done"])
+            loss_sum = float(progress["loss_sum"])
+        except Exception as error:  # whatever a damaged file makes NumPy, zipfile or json raise
+            raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+        if misfits:
+            raise CheckpointError(f"{path} is of another model: {misfits[0]}.")
+        changed = {key: value for key, value in _fixed(self.settings).items() if settings.get(key) != value}
+        differing = [f"{key}={settings.get(key)!r}, now {value!r}" for key, value in changed.items()]
+        if differing:
+            raise CheckpointError(f"{path} is of a run with other settings: {'; '.join(differing)}.")
+        self.state = {key: self.device.value(array) for key, array in arrays.items()}
+        self.step, self._done, self._loss_sum, self.records = step, done, loss_sum, records
+
+
+def _fixed(settings: Settings) -> dict[str, Any]:
+    """The settings that a run cannot go on with others of."""
+    kept = ("batch_size", "lr", "schedule", "seed")
+    return {key: value for key, value in asdict(settings).items() if key in kept}
+
+
+class _Interrupt:
+    """Ctrl-C ends `fit` behind the step in progress; a second one at once."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def __enter__(self) -> None:
+        self.before: Any = None
+        try:
+            self.before = signal.signal(signal.SIGINT, self._stop)
+        except ValueError:  # not the main thread
+            self.before = None
+
+    def _stop(self, number: int, frame: Any) -> None:
+        if self.trainer._stopped:
+            raise KeyboardInterrupt
+        self.trainer.stop()
+
+    def __exit__(self, *error: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
