@@ -78,6 +78,10 @@ class OutputError(OnwardError, RuntimeError):
     """A file or folder cannot be written, or holds something that is not to be overwritten. It is as it was."""
 
 
+class ModelFileError(OnwardError, RuntimeError):
+    """A file of a model cannot be read: missing, damaged, not of its format, or reaching outside its folder."""
+
+
 class FolderError(OnwardError, RuntimeError):
     """An exported folder cannot be used: damaged, not whole, or of another version."""
 

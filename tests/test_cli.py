@@ -34,7 +34,8 @@ COMMON = {
 }  # fmt: skip
 TRAIN = {
     "--model", "--recipe", "--epochs", "--batch-size", "--lr", "--optimizer", "--compare-bp", "--directory", "--resume",
-    "--workers", "--streams", "--memory", "--checkpoint-every", "--tensorboard", "--json", "--quiet", "-q",
+    "--workers", "--streams", "--memory", "--checkpoint-every", "--tensorboard", "--json", "--save-onnx", "--quiet",
+    "-q",
 }  # fmt: skip
 FIDELITY = {
     "--sweep", "--replicates", "--learn", "--after", "--train", "--runs", "--batch-size", "--per-site", "--json",

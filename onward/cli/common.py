@@ -18,9 +18,10 @@ from ..compiler.driver import compile_model
 from ..compiler.estimator import SEGMENTS, LikelihoodRatio
 from ..compiler.program import CompiledModel
 from ..freezing import freeze
-from ..models import MODELS, Dataset, build_for, load, twin_of
+from ..models import MODELS, Dataset, load, twin_of
 from ..passes.errors import BatchError, CaptureError, DataError, OptionError
 from ..runtime.calibration.record import Calibration
+from .onnx_models import model_for
 from .options import Common
 from .recipes import Recipe, recipe_for, see_working_directory
 
@@ -73,7 +74,7 @@ def build_model(
 ) -> nn.Module:
     """A recipe's model for a data set, its weights from the seed; `options` go before the recipe's."""
     torch.manual_seed(seed)
-    built = build_for(recipe.model, dataset, **{**recipe.model_options, **options})
+    built = model_for(recipe.model, dataset, **{**recipe.model_options, **options})
     if frozen:
         freeze(built, *frozen)
     return built

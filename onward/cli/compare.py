@@ -20,10 +20,10 @@ from ..evidence.fitting import check_classifies
 from ..evidence.methods import METHODS
 from ..evidence.plots import check_plot
 from ..evidence.provenance import describe, machine
-from ..models import build_for
 from ..runtime.training.metrics import jsonable
 from .common import set_up
 from .common import to_json as json_text
+from .onnx_models import model_for
 from .options import MODEL_HELP, Common, with_errors
 from .recipes import recipe_for
 from .training import make_optimizer
@@ -167,7 +167,7 @@ def _compare(
 
     task = Task(
         setup.dataset,
-        lambda: build_for(model, setup.dataset, **setup.recipe.model_options),
+        lambda: model_for(model, setup.dataset, **setup.recipe.model_options),
         make_with,
         setup.dataset.loss,
         training.batch_size,

@@ -49,7 +49,9 @@ def models() -> None:
         table.add_row(name, options, f"{recipe.data}; {recipe.training}")
     console = Console(highlight=False)
     console.print(table)
-    console.print("Your own: package.module:factory, found from the working directory.", style="dim")
+    console.print(
+        "Your own: package.module:factory, found from the working directory; or path/to/model.onnx.", style="dim"
+    )
 
 
 def data() -> None:

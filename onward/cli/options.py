@@ -16,7 +16,10 @@ from typer import Option
 
 from ..passes.errors import OnwardError
 
-MODEL_HELP = "A model of the zoo (`onward models`), or package.module:factory, found from the working directory."
+MODEL_HELP = (
+    "A model of the zoo (`onward models`), package.module:factory, found from the working directory, or "
+    "path/to/model.onnx."
+)
 
 _MODEL = "Model and data"
 _ESTIMATOR = "Estimator"

@@ -20,6 +20,7 @@ from ..compiler.estimator import LikelihoodRatio
 from ..models import DATASETS
 from ..models.registry import check_options
 from ..passes.errors import OptionError, unknown_name
+from .onnx_models import is_file
 from .training import Training
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -39,7 +40,7 @@ class Recipe:
 
     Attributes:
         name: What it is called.
-        model: A model of the zoo, or ``package.module:factory``.
+        model: A model of the zoo, ``package.module:factory``, or ``path/to/model.onnx``.
         data: Name of a data set.
         about: What it is, from which paper.
         model_options: Arguments of the model's factory.
@@ -119,7 +120,8 @@ def _recipe(name: str, content: dict[str, Any]) -> Recipe:
     training = content.get("training", {})
     _check("training", training, get_type_hints(Training))
     see_working_directory(content["model"])
-    check_options(content["model"], content.get("model_options", {}))
+    if not is_file(content["model"]):
+        check_options(content["model"], content.get("model_options", {}))
     if content["data"] not in DATASETS:
         raise unknown_name("data set", content["data"], DATASETS)
     if content.get("twin") not in (None, *recipe_names()):

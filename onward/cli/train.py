@@ -26,6 +26,7 @@ from ..runtime.training.trainable import TrainableProgram
 from ..runtime.training.trainer import Trainer
 from ..runtime.versions import versions as software_versions
 from .common import Setup, check_loss, fitting, set_up, settings_of, to_json
+from .onnx_models import check_saves
 from .options import MODEL_HELP, Common, with_common
 from .recipes import Recipe, find_recipe, recipe_for
 from .training import Training, make_optimizer, make_scheduler
@@ -149,6 +150,15 @@ def train(
         Path | None,
         Option("--json", metavar="FILE", help="Write settings, results and history.", rich_help_panel=_OUTPUT),
     ] = None,
+    save_onnx: Annotated[
+        Path | None,
+        Option(
+            "--save-onnx",
+            metavar="FILE",
+            help="Write the trained model as ONNX: the file that --model names, with the trained weights.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
     quiet: Annotated[
         bool, Option("--quiet", "-q", help="Print the final table only.", rich_help_panel=_OUTPUT)
     ] = False,
@@ -169,6 +179,8 @@ def train(
 
       onward train --model mlp --alr --copies 200
 
+      onward train --model net.onnx --data digits --save-onnx trained.onnx
+
       onward train --model my_package.nets:build --directory runs/a --json runs/a.json
     """
     chosen = _choose(model, recipe)
@@ -177,6 +189,10 @@ def train(
     setup = set_up(replace(chosen, training=training), common)
     if json_file is not None:
         check_writable(json_file)
+    written = None
+    if save_onnx is not None:
+        written = check_saves(setup.model, setup.recipe.model)
+        check_writable(save_onnx)
     if resume and directory is None:
         raise OptionError("--resume needs the --directory of the run.")
     console = Console()
@@ -206,6 +222,8 @@ def train(
     if json_file is not None:
         result = _result(common, setup, outcome, reference)
         write_whole(json_file, to_json(jsonable(result)))
+    if written is not None and save_onnx is not None:
+        written.save(save_onnx)
     console.print(_table(outcome, reference, setup.recipe, perturbs=bool(program.compiled.runs)))
     if interrupted:
         goes_on = directory is not None and outcome.history.interrupted
