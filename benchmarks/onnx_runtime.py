@@ -8,7 +8,9 @@
 ``parity``: each model of the zoo that needs no network trains 30 steps in PyTorch, is exported there, and then takes
 100 steps in both from the same state on the same batches: are the signs of the noise the same bits, how far apart are
 the gradients of the first step (the largest difference of a parameter's gradient in units of its largest entry), and
-weights and losses after all.
+the losses on the way (the largest relative difference) and the weights after it (relative to their norm)? Where a model
+has kinks or thresholds, rounding alone takes runs apart: the twin, in PyTorch as well, starts from weights that are off
+by one unit in their last place.
 
 ``speed``: one thread, medians of the process's own time, steps interleaved; a step with and without perturbed runs
 beside plain inference of the same number of forwards (the batch times one plus the perturbed forwards), as ONNX Runtime
@@ -116,7 +118,7 @@ def same_signs(case: Case, folder: Folder, device: Device) -> bool | None:
     compiled, program = case.program.compiled, case.program
     if not compiled.runs:
         return None
-    inputs, target = next(case.stream())
+    inputs, target = case.dataset.batch(case.recipe.training.batch_size)
     found = {}
     for task in folder.tasks:
         if task.name.startswith("N"):
@@ -147,54 +149,63 @@ def same_signs(case: Case, folder: Folder, device: Device) -> bool | None:
 
 
 def parity(names: list[str]) -> Table:
-    """Gradients and 100 steps of both."""
-    table = Table("model", "nodes", "export", "signs", "gradients", "100 steps: losses", "weights", "note")
+    """Gradients and 100 steps of both, and of a twin in PyTorch whose weights are off by rounding."""
+    table = Table("model", "nodes", "export", "signs", "gradients", "losses", "weights", "twin: losses", "weights")
     device = Device.find("cpu")
     for name in names:
-        case = Case.of(name)
+        case, twin = Case.of(name), Case.of(name)
         stream = case.stream()
-        for _ in range(WARM):
-            case.program.step(*next(stream))
-            update(case.program, case.optimizer)
+        batches = [next(stream) for _ in range(WARM + STEPS)]
+        for each in (case, twin):
+            for batch in batches[:WARM]:
+                each.program.step(*batch)
+                update(each.program, each.optimizer)
         with tempfile.TemporaryDirectory() as place:
             started = time.perf_counter()
             try:
                 folder = case.export(Path(place) / "step", name)
             except ExportError as error:
-                table.add_row(name, "", "", "", "", "", "", str(error))
+                table.add_row(name, str(error))
                 continue
             seconds = time.perf_counter() - started
-            nodes = _nodes(folder)
             signs = same_signs(case, folder, device)
-            row = _beside(case, folder, device, stream)
+            row = _beside(case, twin, folder, device, batches[WARM:])
+            nodes = _nodes(folder)
         table.add_row(name, str(nodes), f"{seconds:.1f} s", {True: "equal", False: "DIFFER", None: "none"}[signs], *row)
         _show(table)
     return table
 
 
-def _beside(case: Case, folder: Folder, device: Device, stream: Any) -> tuple[str, str, str, str]:
+def _beside(case: Case, twin: Case, folder: Folder, device: Device, batches: list[Any]) -> list[str]:
     trainer = Trainer(folder, Settings(1, 1, case.optimizer.param_groups[0]["lr"], threads=1), device)
-    state, losses, gradients = trainer.state, 0.0, 0.0
-    for number in range(STEPS):
-        inputs, target = next(stream)
+    state, gradients = trainer.state, 0.0
+    apart = {"onnx": 0.0, "twin": 0.0}
+    with torch.no_grad():
+        for parameter in twin.program.model.parameters():
+            parameter.mul_(1 + 2.0**-23 * torch.randn_like(parameter))
+    for each in (case, twin):
+        each.program.next_calibration = 1 << 30  # an exported step keeps its noise's scale
+    for number, (inputs, target) in enumerate(batches):
         given = StepInput(case.arrays(inputs, target), case.program.step_count, trainer.settings.lr)
         theirs = _gradients(folder, device, state, given) if not number else {}
         (result,) = trainer.steps.run(state, [given], folder.seed)
-        loss = float(case.program.step(inputs, target))
+        loss, other = (float(each.program.step(inputs, target)) for each in (case, twin))
         for name, gradient in theirs.items():
             mine = case.program.model.get_parameter(name).grad
             assert mine is not None
             scale = float(mine.abs().max())
             gradients = max(gradients, float((mine - torch.from_numpy(gradient)).abs().max()) / scale if scale else 0.0)
-        update(case.program, case.optimizer)
-        losses = max(losses, abs(loss - result.loss) / max(abs(loss), 1e-3))
+        for each in (case, twin):
+            update(each.program, each.optimizer)
+        for name, value in (("onnx", result.loss), ("twin", other)):
+            apart[name] = max(apart[name], abs(loss - value) / max(abs(loss), 1e-3))
         state = result.state
-    weights = {key: value.numpy() for key, value in state.items() if key.startswith("parameter:")}
-    mine_ = {f"parameter:{name}": p.detach().numpy() for name, p in case.program.model.named_parameters()}
-    apart = np.sqrt(sum(np.square(weights[key] - mine_[key]).sum() for key in weights))
-    size = np.sqrt(sum(np.square(mine_[key]).sum() for key in weights))
-    held = gradients <= 1e-5 and apart / size <= 1e-3
-    return f"{gradients:.0e}", f"{losses:.0e}", f"{apart / size:.0e}", "" if held else "beyond 1e-5, or 1e-3"
+    named = list(case.program.model.named_parameters())
+    mine_ = torch.cat([parameter.detach().flatten() for _, parameter in named])
+    theirs_ = torch.cat([torch.from_numpy(state[f"parameter:{name}"].numpy()).flatten() for name, _ in named])
+    twins = torch.cat([parameter.detach().flatten() for parameter in twin.program.model.parameters()])
+    weights = [float((other - mine_).norm() / mine_.norm()) for other in (theirs_, twins)]
+    return [f"{x:.0e}" for x in (gradients, apart["onnx"], weights[0], apart["twin"], weights[1])]
 
 
 def _gradients(folder: Folder, device: Device, state: dict[str, Any], given: StepInput) -> dict[str, Any]:

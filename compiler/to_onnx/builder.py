@@ -67,9 +67,9 @@ class Builder:
         finally:
             self._scope.pop()
 
-    def fresh(self, name: str) -> str:
-        """`name` in this scope, numbered if it is taken."""
-        full = "/".join([*self._scope, name])
+    def fresh(self, name: str, within: Sequence[str] | None = None) -> str:
+        """`name` in this scope, or `within` another, numbered if it is taken."""
+        full = "/".join([*(self._scope if within is None else within), name])
         chosen, number = full, 1
         while chosen in self._names:
             chosen, number = f"{full}_{number}", number + 1
@@ -104,7 +104,7 @@ class Builder:
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             text = str(array.item()) if array.size == 1 else "x".join(map(str, array.shape))
-            name = self._constants[key] = self._root.fresh(f"constant/{array.dtype}/{text}")
+            name = self._constants[key] = self._root.fresh(f"constant/{array.dtype}/{text}", within=())
             self.initializers[name] = numpy_helper.from_array(array, name)
         return self._constants[key]
 

@@ -33,9 +33,9 @@ def _pack_signs(x: Tensor, domain: str, dim: int) -> Tensor:
 
 def _unpack_signs(packed: Tensor, domain: str, sizes: Sequence[int], dim: int, dtype: torch.dtype) -> Tensor:
     elements = _elements(sizes, dim)
-    planes = [_codes(plane, 1, elements) for plane in packed.unbind(0)]
+    planes = [_codes(plane, 1, elements).to(dtype) for plane in packed.unbind(0)]
     values = planes[0] - planes[1] if domain == "signed" else planes[0] * 2 - 1 if domain == "binary" else planes[0]
-    return _shaped(values.to(dtype), sizes, dim)
+    return _shaped(values, sizes, dim)
 
 
 def _pack_levels(x: Tensor, domain: str, bits: int, dim: int) -> Tensor:
@@ -61,11 +61,9 @@ def _bytes(codes: Tensor, bits: int) -> Tensor:
 
 
 def _codes(packed: Tensor, bits: int, elements: int) -> Tensor:
-    """The inverse: int32 ``(rows, elements)``. Division by a power of two shifts."""
-    together = 8 // bits
-    places = torch.tensor([1 << (bits * place) for place in range(together)], dtype=torch.int32)
-    shifted = torch.div(packed.to(torch.int32)[..., None], places, rounding_mode="floor")
-    codes = shifted - torch.div(shifted, 1 << bits, rounding_mode="floor") * (1 << bits)
+    """The inverse: uint8 ``(rows, elements)``."""
+    shifts = torch.tensor(range(0, 8, bits), dtype=torch.uint8)
+    codes = torch.bitwise_right_shift(packed[..., None], shifts).bitwise_and((1 << bits) - 1)
     return codes.reshape(packed.shape[0], -1)[:, :elements]
 
 

@@ -88,6 +88,11 @@ for _name, _operator in _BITWISE.items():
     rule(f"aten.{_name}.Tensor", f"aten.{_name}.Scalar")(_bitwise(_operator))
 
 
+@rule("aten.bitwise_right_shift.Tensor")
+def _shift(e: Emission, node: fx.Node, x: Value, by: Value) -> str:
+    return e.op("BitShift", x, by, direction="RIGHT")
+
+
 @rule("aten.add.Tensor", "aten.add.Scalar", "aten.sub.Tensor", "aten.sub.Scalar", "aten.rsub.Scalar")
 def _sum(e: Emission, node: fx.Node, x: Any, y: Any, alpha: Any = 1, **more: Any) -> str:
     dtype = out_type(node)
