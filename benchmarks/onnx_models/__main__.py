@@ -147,7 +147,8 @@ INTRODUCTION = """# ONNX files that others wrote
 
 Each file was read by `onward.compiler.from_onnx.load`, trained without a backward pass (`estimator="auto"`, Adam, seed
 0), written back by `save`, and tested in onnxruntime, as it came (*before*) and as it was written (*after*): accuracy
-on samples that were not trained on. The settings are those of `benchmarks/onnx_models/subjects.py`; none was tuned.
+on samples that were not trained on. The settings are those of `benchmarks/onnx_models/subjects.py`, untuned, but
+for Magika's, which were changed after a first result (below).
 *Forwards* are those of one sample and step, the clean one included: where that is 1.00, the reach of `auto` covers the
 whole net, nothing is perturbed, and the gradients are backpropagation's. *Nothing pulled back* is the accuracy with
 `reach=0, segments="op"` there, in as many epochs.
