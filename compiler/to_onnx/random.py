@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -134,10 +135,11 @@ def _finished(b: Builder, made: str, stream: Stream) -> str:
 _SIGNS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") == 1, 1, -1)
 
 
-def signs(b: Builder, octets: str, scale: str, elements: str, whole: bool) -> str:
-    """One-bit numbers ``(D, elements)``, each ± the 0-d float32 or float64 `scale`, from bytes; `whole` says that the
+def signs(b: Builder, octets: str, scale: str | None, elements: str, whole: bool, dtype: Any = np.float32) -> str:
+    """One-bit numbers ``(D, elements)`` of a dtype, each ±1, or ± the 0-d `scale`, from bytes; `whole` says that the
     elements are a multiple of eight."""
-    table = b.op("Mul", b.op("CastLike", b.constant(_SIGNS, np.int8), scale), scale)
+    table = b.constant(_SIGNS, dtype)
+    table = table if scale is None else b.op("Mul", table, scale)
     made = b.op("Gather", table, b.op("Cast", octets, to=onnx.TensorProto.INT32), axis=0)
     flat = b.op("Reshape", made, b.constant([0, -1], np.int64))
     return flat if whole else b.op("Slice", flat, b.ints([0]), b.op("Unsqueeze", elements, b.ints([0])), b.ints([1]))
@@ -150,14 +152,14 @@ def numbers(b: Builder, made: str, distribution: str, elements: str) -> str:
     return b.op("Slice", flat, b.ints([0]), b.op("Unsqueeze", elements, b.ints([0])), b.ints([1]))
 
 
-def score(b: Builder, distribution: str, name: str, values: str) -> str:
-    """The score of noise (method.md 1, 2), from the noise."""
+def score(b: Builder, distribution: str, name: str, values: str, dtype: Any = np.float32) -> str:
+    """The score of noise of a dtype (method.md 1, 2), from the noise."""
     constant = {("gaussian", "sign"): math.sqrt(math.pi / 2)}.get((distribution, name))
     if distribution == "laplace":
         constant = math.sqrt(2.0)
     if constant is None:
         return values
-    return b.op("Mul", b.op("Sign", values), b.op("CastLike", b.constant(constant, np.float32), values))
+    return b.op("Mul", b.op("Sign", values), b.constant(constant, dtype))
 
 
 def _f32(b: Builder, value: float) -> str:

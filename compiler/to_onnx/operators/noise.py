@@ -60,7 +60,7 @@ def _numbers(
             assert tuple(held[start : start + len(draws)]) == tuple(draws), "draws of a chunk follow each other"
             found = e.slice(found, 0, start, start + len(draws))
     if one_bit:
-        return random.signs(e.b, found, scale or e.scalar(1, dtype), total, count % 8 == 0)
+        return random.signs(e.b, found, scale, total, count % 8 == 0, NUMPY[dtype])
     numbers = e.cast(random.numbers(e.b, found, noise, total), torch.float32, dtype)
     return numbers if scale is None else e.op("Mul", numbers, scale)
 
@@ -184,7 +184,7 @@ def _weighted_noise_sum(
     assert all(draw >= 0 for draw in ids)
     form = _Form(e, sizes, dim, outer)
     numbers = _numbers(e, key, site, noise, ids, sizes, dim, weights.dtype)
-    values = form.of_draws(random.score(e.b, noise, score, numbers), len(ids))
+    values = form.of_draws(random.score(e.b, noise, score, numbers, NUMPY[weights.dtype]), len(ids))
     factors = weights if dim >= 0 else e.op("ReduceSum", weights, e.b.ints([1]), keepdims=1)
     weighted = e.op("Mul", values, form.per_sample(factors, len(ids)))
     return form.closed(e.op("ReduceSum", weighted, e.b.ints([form.axis]), keepdims=1), 1)
@@ -198,7 +198,7 @@ def _weighted_noise(
     draws, carried = _draws_and_signs(_ids(e, copies))
     form = _Form(e, sizes, dim, outer)
     numbers = _numbers(e, key, site, noise, draws, sizes, dim, weights.dtype)
-    values = form.of_draws(random.score(e.b, noise, score, numbers), len(draws))
+    values = form.of_draws(random.score(e.b, noise, score, numbers, NUMPY[weights.dtype]), len(draws))
     factors = weights if dim >= 0 else e.op("ReduceSum", weights, e.b.ints([1]), keepdims=1)
     signed = e.op("Mul", factors, e.b.constant([[sign] for _, sign in carried], NUMPY[weights.dtype]))
     opened = form.per_sample(signed, len(carried))
