@@ -39,21 +39,34 @@ class Device:
         """
         if asked not in ("auto", *PROVIDERS):
             raise OptionError(f"device {asked!r}: known are auto, cpu and cuda.")
-        has_gpu = PROVIDERS["cuda"] in ort.get_available_providers()
-        return cls("cuda" if has_gpu and asked != "cpu" else "cpu", asked)
+        return cls("cuda" if asked != "cpu" and _has_gpu() else "cpu", asked)
 
     def note(self) -> str:
         """What a user has to know of the device."""
         if self.asked == "cuda" and self.name == "cpu":
             return (
-                "onnxruntime has no CUDA provider here (pip install 'onward[gpu]' brings it, and it needs a GPU with "
-                "its driver): running on the CPU"
+                "onnxruntime finds no GPU here (it takes onnxruntime-gpu, `pip install 'onward[gpu]'`, CUDA with cuDNN, "
+                "and a card with its driver): running on the CPU"
             )
         return f"running on {'the GPU' if self.name == 'cuda' else 'the CPU'}"
 
     def value(self, array: Array) -> Value:
         """An array on the device."""
         return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array).reshape(array.shape), self.name, 0)
+
+
+def _has_gpu() -> bool:
+    """Whether a GPU takes a value: onnxruntime-gpu lists its provider also where there is no card, driver or CUDA."""
+    if PROVIDERS["cuda"] not in ort.get_available_providers():
+        return False
+    ort.set_default_logger_severity(4)  # what it says of a library that is missing is not the user's concern
+    try:
+        ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), "cuda", 0)
+    except Exception:  # onnxruntime has no common base of its errors but this
+        return False
+    finally:
+        ort.set_default_logger_severity(2)
+    return True
 
 
 class Model:
