@@ -45,8 +45,8 @@ class Device:
         """What a user has to know of the device."""
         if self.asked == "cuda" and self.name == "cpu":
             return (
-                "which finds no GPU here (it takes onnxruntime-gpu, `pip install 'onward[gpu]'`, CUDA with cuDNN, and a "
-                "card with its driver): running on the CPU"
+                "which finds no GPU here (that takes onnxruntime-gpu, `pip install 'onward[gpu]'`, CUDA with cuDNN, "
+                "and a card with its driver): running on the CPU"
             )
         return f"running on {'the GPU' if self.name == 'cuda' else 'the CPU'}"
 
