@@ -15,9 +15,11 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.func import functionalize
 from torch.fx.traceback import preserve_node_meta
 
 from ...passes.errors import ExportError
@@ -52,8 +54,6 @@ KEPT = (
     _aten.tril.default,
     _aten.triu.default,
     _aten._unsafe_view.default,
-    _aten.upsample_nearest2d.vec,
-    _aten.upsample_bilinear2d.vec,
 )
 """Operations with a decomposition that ONNX has an operator for."""
 
@@ -137,10 +137,9 @@ def trace(
     table = {target: rule for target, rule in core_aten_decompositions().items() if target not in KEPT}
     table |= {**DECOMPOSED, **(decompositions or {})}
     run = fx.Interpreter(function).run if isinstance(function, fx.GraphModule) else function
-    with mode, torch.no_grad(), preserve_node_meta():
-        traced = make_fx(
-            lambda *arguments: tuple(run(*arguments)), decomposition_table=table, _allow_non_fake_inputs=True
-        )(*fakes)
+    traced = _traced(lambda *arguments: tuple(run(*arguments)), fakes, table, mode)
+    if _mutates(traced):  # losses write, and some of torch's decompositions do
+        traced = _traced(functionalize(fx.Interpreter(traced).run), fakes, table, mode)
     fixed = [guard.expr for guard in mode.shape_env.guards if _fixes(guard.expr, strict)]  # type: ignore[union-attr]
     if fixed:
         raise ExportError(f"the batch size would have to be fixed: {fixed[0]} was assumed on the way.")
@@ -150,6 +149,19 @@ def trace(
     traced.graph.eliminate_dead_code()
     traced.recompile()
     return traced
+
+
+def _traced(
+    run: Callable[..., Any], fakes: Sequence[Any], table: Mapping[Any, Callable[..., Any]], mode: FakeTensorMode
+) -> fx.GraphModule:
+    """Torch's own operations are taken apart in Python, where a free size stays free."""
+    with mode, torch.no_grad(), enable_python_dispatcher(), preserve_node_meta():
+        return make_fx(run, decomposition_table=dict(table), _allow_non_fake_inputs=True)(*fakes)
+
+
+def _mutates(graph: fx.GraphModule) -> bool:
+    operators = (node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+    return any(operator._schema.is_mutable for operator in operators)
 
 
 def _free_size(mode: FakeTensorMode) -> torch.SymInt:
@@ -181,7 +193,13 @@ def _embedding_backward(
 
 
 DECOMPOSED: dict[Any, Callable[..., Any]] = {
-    **get_decompositions([_aten._native_batch_norm_legit_functional, _aten.native_batch_norm_backward]),
+    **get_decompositions(
+        [
+            _aten._native_batch_norm_legit_functional,
+            _aten._native_batch_norm_legit.no_stats,
+            _aten.native_batch_norm_backward,
+        ]
+    ),
     _aten.embedding_dense_backward.default: _embedding_backward,
 }
 """Decompositions beside torch's core ones."""

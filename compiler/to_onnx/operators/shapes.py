@@ -51,8 +51,7 @@ def _float_of(e: Emission, node: fx.Node, x: Value) -> str:
     return e.as_type(x, torch.float64)
 
 
-@rule("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten._reshape_copy.default",
-      "aten.view_copy.default")  # fmt: skip
+@rule("aten.view.default", "aten._unsafe_view.default")
 def _view(e: Emission, node: fx.Node, x: Value, sizes: Sequence[Any]) -> str:
     wanted = node.meta["val"].shape
     known = [static(s) if not isinstance(s, torch.SymInt) or not s.node.expr.free_symbols else s for s in wanted]
@@ -85,9 +84,9 @@ def _unsqueeze(e: Emission, node: fx.Node, x: Value, dim: int) -> str:
     return e.op("Unsqueeze", x, e.b.ints([axis_of(dim, x.rank + 1)]))
 
 
-@rule("aten.squeeze.dim", "aten.squeeze.dims")
-def _squeeze(e: Emission, node: fx.Node, x: Value, dims: int | Sequence[int]) -> str:
-    asked = [axis_of(dim, x.rank) for dim in ([dims] if isinstance(dims, int) else dims)]
+@rule("aten.squeeze.dims")
+def _squeeze(e: Emission, node: fx.Node, x: Value, dims: Sequence[int]) -> str:
+    asked = [axis_of(dim, x.rank) for dim in dims]
     ones = [dim for dim in asked if not isinstance(x.shape[dim], torch.SymInt) and static(x.shape[dim]) == 1]
     return e.op("Squeeze", x, e.b.ints(ones)) if ones else str(x)
 
@@ -191,7 +190,7 @@ def filled(e: Emission, sizes: Sequence[Any], value: Any, dtype: torch.dtype) ->
     return e.op("Expand", scalar, e.shape(sizes))
 
 
-@rule("aten.full.default", "aten.full_like.default", "aten.new_full.default")
+@rule("aten.full.default", "aten.full_like.default")
 def _full(e: Emission, node: fx.Node, like: Any, *more: Any, **named: Any) -> str:
     value = more[-1] if more else named["fill_value"]
     if isinstance(value, Value):
@@ -199,15 +198,9 @@ def _full(e: Emission, node: fx.Node, like: Any, *more: Any, **named: Any) -> st
     return filled(e, node.meta["val"].shape, value, out_type(node))
 
 
-@rule("aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default", "aten.empty.memory_format",
-      "aten.empty_like.default", "aten.new_empty.default")  # fmt: skip
-def _zeros(e: Emission, node: fx.Node, *given: Any, **named: Any) -> str:
+@rule("aten.empty.memory_format", "aten.empty_permuted.default")
+def _empty(e: Emission, node: fx.Node, *given: Any, **named: Any) -> str:
     return filled(e, node.meta["val"].shape, 0, out_type(node))
-
-
-@rule("aten.ones.default", "aten.ones_like.default", "aten.new_ones.default")
-def _ones(e: Emission, node: fx.Node, *given: Any, **named: Any) -> str:
-    return filled(e, node.meta["val"].shape, 1, out_type(node))
 
 
 @rule("aten.scalar_tensor.default")
@@ -215,9 +208,8 @@ def _scalar(e: Emission, node: fx.Node, value: Any, **named: Any) -> str:
     return e.as_type(value, out_type(node))
 
 
-@rule("aten.arange.start_step", "aten.arange.start", "aten.arange.default")
-def _arange(e: Emission, node: fx.Node, *bounds: Any, **named: Any) -> str:
-    start, end, step = (0, bounds[0], 1) if len(bounds) == 1 else (*bounds, 1)[:3]
+@rule("aten.arange.start_step")
+def _arange(e: Emission, node: fx.Node, start: Any, end: Any, step: Any = 1, **named: Any) -> str:
     wide = torch.int64 if out_type(node) in (torch.int32, torch.int16, torch.int8, torch.uint8) else out_type(node)
     numbers = e.op("Range", *(e.as_type(each, wide) for each in (start, end, step)))
     return e.cast(numbers, wide, out_type(node))
@@ -251,17 +243,3 @@ def _slice_scatter(
     picked = e.op("Gather", source, e.b.ints([max(0, each - 1) for each in where]), axis=axis)
     mask = np.array(where).astype(bool).reshape([-1 if d == axis else 1 for d in range(x.rank)])
     return e.op("Where", e.b.constant(mask), picked, x)
-
-
-@rule("aten.select_scatter.default")
-def _select_scatter(e: Emission, node: fx.Node, x: Value, source: Value, dim: int, index: int) -> str:
-    axis = axis_of(dim, x.rank)
-    size = static(x.shape[axis])
-    opened = Value(e.op("Unsqueeze", source, e.b.ints([axis])), node.meta["val"])
-    place = index % size
-    return _slice_scatter(e, node, x, opened, axis, place, place + 1)
-
-
-def cast_to(e: Emission, name: str, dtype: torch.dtype) -> str:
-    """A value whose dtype is not known, cast."""
-    return e.op("Cast", name, to=DTYPES[dtype])
