@@ -157,7 +157,7 @@ def score(b: Builder, distribution: str, name: str, values: str) -> str:
         constant = math.sqrt(2.0)
     if constant is None:
         return values
-    return b.op("Mul", b.op("Sign", values), b.op("CastLike", b.constant(constant, np.float32), values))
+    return b.op("Mul", b.op("Sign", values), b.op("CastLike", b.constant(constant, np.float64), values))
 
 
 def _f32(b: Builder, value: float) -> str:

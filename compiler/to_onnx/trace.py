@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -134,8 +135,7 @@ def trace(
                 fakes.append(torch.empty(shape, dtype=each.dtype))
             else:
                 fakes.append(size_of_batch * each)
-    table = {target: rule for target, rule in core_aten_decompositions().items() if target not in KEPT}
-    table |= {**DECOMPOSED, **(decompositions or {})}
+    table = {**_decompositions(), **(decompositions or {})}
     run = fx.Interpreter(function).run if isinstance(function, fx.GraphModule) else function
     traced = _traced(lambda *arguments: tuple(run(*arguments)), fakes, table, mode)
     if _mutates(traced):  # losses write, and some of torch's decompositions do
@@ -149,6 +149,12 @@ def trace(
     traced.graph.eliminate_dead_code()
     traced.recompile()
     return traced
+
+
+@cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Torch's core ones, whose table takes longer to make than a small graph to trace, and `DECOMPOSED`."""
+    return {target: rule for target, rule in core_aten_decompositions().items() if target not in KEPT} | DECOMPOSED
 
 
 def _traced(
@@ -177,7 +183,14 @@ def _fixes(guard: Any, strict: bool) -> bool:
     """Whether a guard of a trace holds for some batch sizes only; that it is not 0 or 1 is no matter."""
     if not guard.free_symbols or not (strict or guard.func is sympy.Eq):
         return False
-    return not all(bool(guard.subs(dict.fromkeys(guard.free_symbols, size))) for size in (2, 3, 7, 60, 120))
+    return not all(_holds(guard, size) for size in (2, 3, 7, 60, 120))
+
+
+def _holds(guard: Any, size: int) -> bool:
+    try:
+        return bool(guard.subs(dict.fromkeys(guard.free_symbols, size)))
+    except ZeroDivisionError:  # a part of the size that this one has none of
+        return False
 
 
 def _embedding_backward(
