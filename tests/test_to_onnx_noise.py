@@ -23,8 +23,7 @@ from onward.passes.errors import ExportError
 from onward.passes.graph import Layout as Form
 from onward.passes.tie_blocks import grid
 from onward.runtime.export.decompositions import DECOMPOSITIONS
-from onward.runtime.noise import blocks as _  # noqa: F401  (the operators, for torch)
-from onward.runtime.noise import levels, operators, packing  # noqa: F401
+from onward.runtime.noise import levels, operators, packing  # noqa: F401  (the operators, for torch)
 from onward.runtime.noise.distributions import NOISES, UNIFORM
 from onward.runtime.noise.philox import Key, Purpose, philox_lanes_numpy
 from onward.runtime.noise.source import Layout, Source

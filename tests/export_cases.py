@@ -1,0 +1,175 @@
+"""Programs of every kind of estimator, exported as fused training steps: each against the program that it is of."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from executor_cases import Normalised, Recurrent, mlp
+from onnx_session import Session
+from torch import Tensor, nn
+
+import onward
+from onward.models.resnet import resnet5
+from onward.runtime.export.step import fused
+from onward.runtime.export.task import Tasks
+from onward.runtime.export.tasks import make_tasks
+from onward.runtime.export.updates import described, state_of
+from onward.runtime.training.update import update
+
+Ratio = onward.LikelihoodRatio
+Learned = Ratio.feedback_learned
+SEED = -5
+LEARNING_RATE = 0.0625
+"""A number that float32 holds exactly."""
+
+
+class Convolutions(nn.Module):
+    """A strided, a grouped and a pooled one, so that maps have several sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 1, 1, groups=2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        x = F.max_pool2d(F.relu(x + self.second(x)), 2)
+        result: Tensor = self.head(x.mean((2, 3)))
+        return result
+
+
+def vectors(samples: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.randn(samples, 6, generator=torch.Generator().manual_seed(seed), dtype=dtype), torch.arange(
+        samples
+    ) % 3
+
+
+def images(samples: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(samples, 1, 8, 8, generator=generator, dtype=dtype), torch.arange(samples) % 3
+
+
+@dataclass(frozen=True)
+class ExportCase:
+    """A program and what its steps read.
+
+    `tolerance` is of the largest entry of a gradient: in float64 what sums in another order may differ by, in float32
+    what the issue promises.
+    """
+
+    build: Callable[[], nn.Module]
+    estimator: Ratio
+    data: Callable[[int, int, torch.dtype], tuple[Any, Any]] = vectors
+    loss: Any = F.cross_entropy
+    dtype: torch.dtype = torch.float64
+    tolerance: float = 1e-9
+
+
+def _f32(build: Callable[[], nn.Module], estimator: Ratio, data: Any = vectors) -> ExportCase:
+    return ExportCase(build, estimator, data, dtype=torch.float32, tolerance=1e-5)
+
+
+def small_resnet() -> nn.Module:
+    return resnet5(num_classes=3, in_channels=1)
+
+
+def squares(output: Tensor, target: Tensor) -> Tensor:
+    """A loss of one's own, a number a sample."""
+    return (output - F.one_hot(target, 3)).square().sum(1)
+
+
+CASES: dict[str, ExportCase] = {
+    "layerwise": ExportCase(mlp, Ratio(copies=4)),
+    "layerwise, float32": _f32(mlp, Ratio(copies=4, sigma=0.5)),
+    "layerwise in chunks": ExportCase(mlp, Ratio(copies=8, chunk=4)),
+    "one pair at a time": ExportCase(mlp, Ratio(copies=4, chunk=2)),
+    "joint": ExportCase(mlp, Ratio(groups="joint", copies=6, chunk=2)),
+    "the paper's": ExportCase(mlp, Ratio.alr(copies=4, chunk=2)),
+    "gaussian": ExportCase(mlp, Ratio(noise="gaussian", copies=4)),
+    "gaussian, float32": _f32(mlp, Ratio(noise="gaussian", copies=4, sigma=0.5)),
+    "gaussian signs": ExportCase(mlp, Ratio(noise="gaussian", score="sign", copies=4)),
+    "laplace": ExportCase(mlp, Ratio(noise="laplace", copies=4, groups="joint")),
+    "sign captures": ExportCase(mlp, Ratio(capture="sign", copies=4)),
+    "stochastic captures": ExportCase(mlp, Ratio(capture="stochastic", groups="joint", copies=4)),
+    "captures of two bits": ExportCase(mlp, Ratio(capture="stochastic-2", groups="joint", copies=4)),
+    "captures of four bits": ExportCase(mlp, Ratio(capture="stochastic-4", copies=4, chunk=2)),
+    "captures of eight bits": ExportCase(mlp, Ratio(capture="stochastic-8", groups="joint", copies=4)),
+    "one-sided": ExportCase(mlp, Ratio(antithetic=False, copies=5)),
+    "one-sided in chunks": ExportCase(mlp, Ratio(antithetic=False, copies=5, chunk=2)),
+    "credit of batches": ExportCase(mlp, Ratio(credit="batch", copies=4)),
+    "credit of batches, joint": ExportCase(mlp, Ratio(credit="batch", groups="joint", copies=4, chunk=2)),
+    "alive": ExportCase(mlp, Ratio(placement="alive", groups="joint", copies=4)),
+    "narrow": ExportCase(Convolutions, Ratio(placement="narrow", copies=4), images),
+    "blocks": _f32(Convolutions, Ratio(placement="alive", blocks=2, copies=4, sigma=0.5), images),
+    "convolutions": _f32(Convolutions, Ratio(groups="joint", copies=4, sigma=0.5), images),
+    "shared weights": ExportCase(Recurrent, Ratio(copies=4)),
+    "a loss of one's own": ExportCase(mlp, Ratio(copies=4), loss=squares),
+    "dropout, batch statistics": ExportCase(Normalised, Ratio(copies=4, credit="batch", chunk=2)),
+    "feedback": ExportCase(mlp, Learned(copies=2, warmup=1)),
+    "feedback, float32": _f32(mlp, Learned(copies=2, warmup=1, sigma=0.5)),
+    "feedback, gaussian": ExportCase(mlp, Learned(noise="gaussian", copies=4, warmup=1)),
+    "feedback in chunks": ExportCase(mlp, Learned(copies=4, chunk=2, warmup=1)),
+    "feedback, corrected": ExportCase(mlp, Learned(copies=4, correction="full", warmup=0, chunk=2)),
+    "feedback, every other step": ExportCase(mlp, Learned(copies=2, warmup=1, probe_every=2)),
+    "feedback, when it teaches": ExportCase(mlp, Learned(copies=2, warmup=1, probe_every="auto")),
+    "feedback, reach": ExportCase(mlp, Learned(copies=2, warmup=0, reach=1)),
+    "feedback, segments": ExportCase(mlp, Learned(copies=2, warmup=0, segments=2)),
+    "feedback, reach beyond": ExportCase(mlp, Learned(copies=2, warmup=0, reach=9)),
+    "feedback, blocks": _f32(Convolutions, Learned(copies=4, warmup=0, blocks=2, sigma=0.5), images),
+    "feedback, shared weights": ExportCase(Recurrent, Learned(copies=2, warmup=0)),
+    "feedback, batch statistics": ExportCase(Normalised, Learned(copies=2, warmup=0)),
+    "feedback, trust apart": ExportCase(mlp, Learned(copies=2, warmup=0, trust=False)),
+    "feedback, a loss of one's own": ExportCase(mlp, Learned(copies=2, warmup=0), loss=squares),
+    "automatic": ExportCase(mlp, Ratio.auto(warmup=1)),
+    "automatic, resnet5": _f32(small_resnet, Ratio.auto(warmup=0, sigma=0.5), images),
+}
+
+
+class Pair:
+    """A program with its optimizer, and the fused step that was exported from it before its first step."""
+
+    def __init__(self, case: ExportCase, make: Callable[..., torch.optim.Optimizer] = torch.optim.SGD) -> None:
+        torch.manual_seed(0)
+        self.case, self.model = case, case.build().to(case.dtype)
+        x, y = case.data(6, 0, case.dtype)
+        self.program = onward.compile(self.model, x, loss=case.loss, estimator=case.estimator, seed=SEED)
+        if case.estimator.sigma == "auto":
+            self.program.sigmas[:] = self.program.measured_sigmas(x, y)
+            self.program.next_calibration = 10**9
+        more: dict[str, Any] = {"momentum": 0.9} if make is torch.optim.SGD else {}
+        self.optimizer = make(self.model.parameters(), lr=LEARNING_RATE, weight_decay=1e-3, **more)
+        self.tasks = self.make_tasks(x, y)
+        self.onnx = fused(self.tasks, "a step")
+        self.session = Session(self.onnx)
+        self.state: dict[str, Any] = {key: value.detach().numpy().copy() for key, value in self.tasks.state.items()}
+
+    def make_tasks(self, x: Any, y: Any) -> Tasks:
+        known = described(self.optimizer)
+        named = self.model.named_parameters()
+        moments = {f"{n}.{k}": v for n, p in named for k, v in state_of(self.optimizer, p, known.update).items()}
+        return make_tasks(self.program, x, y, known, moments)[0]
+
+    def feeds(self, x: Any, y: Any) -> dict[str, Any]:
+        lr = torch.tensor(LEARNING_RATE)
+        step = torch.tensor(self.program.step_count)
+        return {**self.state, "input:0": x, "target:0": y, "seed": torch.tensor(SEED), "step": step, "lr": lr}
+
+    def step(self, samples: int, seed: int) -> tuple[dict[str, Any], Tensor]:
+        """Both take a step: what the exported one returns, and the program's loss."""
+        x, y = self.case.data(samples, seed, self.case.dtype)
+        found = self.session(self.feeds(x, y))
+        loss = self.program.step(x, y)
+        update(self.program, self.optimizer)
+        self.state = {key: found[f"new:{key}"] for key in self.state}
+        return found, loss
+
+
+@functools.cache
+def tasks_of(name: str) -> Pair:
+    """A pair that no test steps."""
+    return Pair(CASES[name])
