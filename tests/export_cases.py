@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -150,3 +151,9 @@ class Pair:
         update(self.program, self.optimizer)
         self.state = {key: found[f"new:{key}"] for key in self.state}
         return found, loss
+
+
+@functools.cache
+def pair_of(name: str) -> Pair:
+    """The pair of a case, made once; whoever uses it takes it in the state that the last one left."""
+    return Pair(CASES[name])

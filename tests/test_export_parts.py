@@ -129,10 +129,15 @@ def test_trust_is_the_programs(build: Callable[[], Any], trust: bool) -> None:
 # ------------------------------------------------------------------------------------------------------ the optimizers
 
 OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
-    ("SGD", {}), ("SGD", {"weight_decay": 0.1}), ("SGD", {"momentum": 0.9}),
-    ("SGD", {"momentum": 0.9, "weight_decay": 0.1}), ("Adam", {}), ("Adam", {"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-3}), ("AdamW", {}),
+    ("SGD", {}),
+    ("SGD", {"weight_decay": 0.1}),
+    ("SGD", {"momentum": 0.9}),
+    ("SGD", {"momentum": 0.9, "weight_decay": 0.1}),
+    ("Adam", {}),
+    ("Adam", {"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-3}),
+    ("AdamW", {}),
     ("AdamW", {"weight_decay": 0.3, "betas": (0.5, 0.9)}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIMIZERS)
