@@ -131,7 +131,9 @@ class Builder:
     def graph(self) -> onnx.GraphProto:
         """The graph as it is now; of a branch without the initializers, which stand in the outermost one."""
         held = list(self.initializers.values()) if self.parent is None else []
-        return helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, held)
+        graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, held)
+        _name_by_outputs(graph)
+        return graph
 
     def model(self, about: str, metadata: dict[str, str] | None = None) -> onnx.ModelProto:
         """The model, of names that are read outside as they are written; what nothing reads is left out."""
@@ -151,6 +153,35 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(map(_hashable, value))
     return id(value) if isinstance(value, onnx.GraphProto) else value
+
+
+def _name_by_outputs(graph: onnx.GraphProto) -> None:
+    """Give results the names of the outputs that copy them, in place, and drop the copies.
+
+    ONNX Runtime 1.32 drops such copies itself, and has lost a value that another node read too.
+    """
+    outputs = {output.name for output in graph.output}
+    free = {name for node in graph.node for name in node.output} - outputs
+    renamed: dict[str, str] = {}
+    kept = []
+    for node in graph.node:
+        if node.op_type == "Identity" and node.output[0] in outputs and node.input[0] in free - renamed.keys():
+            renamed[node.input[0]] = node.output[0]
+        else:
+            kept.append(node)
+    for node in kept:
+        _rename(node, renamed)
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _rename(node: onnx.NodeProto, renamed: dict[str, str]) -> None:
+    for names in (node.input, node.output):
+        names[:] = [renamed.get(name, name) for name in names]
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            for inner in attribute.g.node:
+                _rename(inner, renamed)
 
 
 def without_unread(graph: onnx.GraphProto) -> onnx.GraphProto:
