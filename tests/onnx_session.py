@@ -28,12 +28,15 @@ class Session:
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
         self.inputs = {each.name for each in self.session.get_inputs()}
+        self.optional = {each.name for each in self.session.get_overridable_initializers()}
         self.outputs = [each.name for each in self.session.get_outputs()]
 
     def __call__(self, feeds: dict[str, Any]) -> dict[str, Any]:
         """Arrays by name; what the model does not read is left out."""
         arrays = {key: value.detach().numpy() if isinstance(value, Tensor) else value for key, value in feeds.items()}
-        found = self.session.run(None, {key: value for key, value in arrays.items() if key in self.inputs})
+        found = self.session.run(
+            None, {key: value for key, value in arrays.items() if key in self.inputs | self.optional}
+        )
         return dict(zip(self.outputs, found, strict=True))
 
 
