@@ -84,7 +84,6 @@ def squares(output: Tensor, target: Tensor) -> Tensor:
 
 CASES: dict[str, ExportCase] = {
     "layerwise": _f32(small, Ratio(copies=4, sigma=0.5)),
-    "layerwise in chunks": ExportCase(small, Ratio(copies=8, chunk=4)),
     "joint, one pair at a time": ExportCase(small, Ratio(groups="joint", copies=4, chunk=2)),
     "the paper's": ExportCase(small, Ratio.alr(copies=4, chunk=2)),
     "gaussian": _f32(small, Ratio(noise="gaussian", groups="joint", copies=4, sigma=0.5)),
@@ -96,14 +95,13 @@ CASES: dict[str, ExportCase] = {
     "stochastic captures, one-sided": ExportCase(
         small, Ratio(antithetic=False, capture="stochastic", copies=5), loss=squares
     ),
-    "one-sided in chunks": ExportCase(small, Ratio(antithetic=False, groups="joint", copies=5, chunk=2)),
-    "credit of batches": ExportCase(small, Ratio(credit="batch", groups="joint", copies=4, chunk=2)),
     "alive, shared weights": ExportCase(Recurrent, Ratio(placement="alive", groups="joint", copies=4)),
     "narrow": _f32(Convolutions, Ratio(placement="narrow", groups="joint", copies=4, sigma=0.5), images),
     "dropout, batch statistics": ExportCase(Normalised, Ratio(copies=4, groups="joint", credit="batch", chunk=2)),
     "feedback": _f32(small, Learned(copies=2, warmup=1, sigma=0.5)),
-    "feedback, gaussian, in chunks": ExportCase(small, Learned(noise="gaussian", copies=4, chunk=2, warmup=0)),
-    "feedback, corrected": ExportCase(small, Learned(copies=4, correction="full", warmup=0, chunk=2)),
+    "feedback, corrected, gaussian": ExportCase(
+        small, Learned(noise="gaussian", copies=4, correction="full", warmup=0, chunk=2)
+    ),
     "feedback, reach, every other step": ExportCase(mlp, Learned(copies=2, warmup=1, probe_every=2, reach=1)),
     "feedback, segments, when it teaches": ExportCase(mlp, Learned(copies=2, warmup=1, probe_every="auto", segments=2)),
     "feedback, reach beyond": ExportCase(small, Learned(copies=2, warmup=0, reach=9), loss=squares),

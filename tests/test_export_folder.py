@@ -164,7 +164,7 @@ def test_folders_are_replaced_only_when_asked(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "out"]
 
 
-@pytest.mark.parametrize("failure", [ExportError("no form"), OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
 def test_nothing_is_left_of_a_failed_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
 ) -> None:

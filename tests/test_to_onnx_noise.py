@@ -214,7 +214,7 @@ def run_with_copies(
 SIGMAS = torch.tensor([0.1, 0.37, 1.0], dtype=torch.float64)
 
 
-@hypothesis.settings(max_examples=24, phases=PHASES)
+@hypothesis.settings(max_examples=20, phases=PHASES)
 @hypothesis.given(situation=situations(), tiled=st.booleans(), masked=st.booleans(), tied=st.booleans())
 def test_perturb(situation: tuple[Any, ...], tiled: bool, masked: bool, tied: bool) -> None:
     (sizes, dim, outer), ids, dtype, noise, samples, seed, step, site = situation
@@ -338,7 +338,7 @@ def as_onnx(operator: Any, x: Tensor, *rest: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("domain", ops.DOMAINS)
-@hypothesis.settings(max_examples=5, phases=PHASES)
+@hypothesis.settings(max_examples=3, phases=PHASES)
 @hypothesis.given(shape=st.lists(st.integers(1, 9), min_size=2, max_size=4), seed=st.integers(0, 99))
 def test_packed_signs(domain: str, shape: list[int], seed: int) -> None:
     x = torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(seed)).float()
@@ -356,7 +356,7 @@ def test_packed_signs(domain: str, shape: list[int], seed: int) -> None:
 
 @pytest.mark.parametrize("bits", ops.LEVEL_BITS.values())
 @pytest.mark.parametrize("domain", ["nonnegative", "signed"])
-@hypothesis.settings(max_examples=4, phases=PHASES)
+@hypothesis.settings(max_examples=2, phases=PHASES)
 @hypothesis.given(shape=st.lists(st.integers(1, 7), min_size=2, max_size=3), seed=st.integers(0, 99))
 def test_packed_levels(domain: str, bits: int, shape: list[int], seed: int) -> None:
     largest = ops.num_levels(domain, bits)
