@@ -841,6 +841,11 @@ def convolutions() -> Iterator[Case]:
         ),
         real(B, 2, 4, 6),
     )
+    yield case("adaptive pool of channels last", _pooled, real(B, 4, 4, 3))
+    yield case(
+        "adaptive pool of channels last: derivative", gradients(lambda x: _pooled(x).square().sum()), real(B, 4, 4, 3)
+    )
+    yield case("a size by another name", lambda x: x + torch.sym_max(x.shape[0], 1), X)
     yield case("adaptive pool 1d", lambda x: F.adaptive_avg_pool1d(x, 3), real(B, 2, 6))
     yield case("unpool", lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2), distinct(B, 2, 4, 6))
     yield case(
@@ -881,6 +886,10 @@ def convolutions() -> Iterator[Case]:
             ints(3, dtype=torch.float32),
             real(low=0.01, high=0.02),
         )
+
+
+def _pooled(x: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), 1)
 
 
 def indexing() -> Iterator[Case]:

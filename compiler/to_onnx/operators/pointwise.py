@@ -174,7 +174,8 @@ def _logarithms(e: Emission, node: fx.Node, x: Value) -> str:
             more = e.op("Add", given, one)
             plain = e.op("Log", more)
             left = e.op("Sub", more, one)  # what the sum kept of x
-            near = e.op("Where", e.op("Equal", left, e.scalar(0, dtype)), given, e.op("Mul", plain, e.op("Div", given, left)))
+            ratio = e.op("Mul", plain, e.op("Div", given, left))
+            near = e.op("Where", e.op("Equal", left, e.scalar(0, dtype)), given, ratio)
             return _near_zero(e, given, near, plain, dtype)
         case "expm1":
             half = e.op("Tanh", e.op("Mul", given, e.scalar(0.5, dtype)))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from ..builder import DTYPES
+from ....passes.errors import ExportError
 from ..emit import Emission, Value, rule, size_of, static
 from .pointwise import out_type
 
@@ -33,10 +33,10 @@ def _numel(e: Emission, node: fx.Node, x: Value) -> str:
     return e.op("Size", x)
 
 
-@rule("mul", "add", "sub", "floordiv")
+@rule("mul", "add", "sub", "floordiv", "sym_max")
 def _arithmetic(e: Emission, node: fx.Node, x: Any, y: Any) -> str:
     """Of sizes, which are positive, and of numbers that they give."""
-    operator = {"mul": "Mul", "add": "Add", "sub": "Sub", "floordiv": "Div"}[node.target.__name__]  # type: ignore[union-attr]
+    operator = {"mul": "Mul", "add": "Add", "sub": "Sub", "floordiv": "Div", "sym_max": "Max"}[node.target.__name__]  # type: ignore[union-attr]
     wide = torch.float64 if isinstance(node.meta["val"], (float, torch.SymFloat)) else torch.int64
     return e.op(operator, e.as_type(x, wide), e.as_type(y, wide))
 
@@ -59,6 +59,33 @@ def _view(e: Emission, node: fx.Node, x: Value, sizes: Sequence[Any]) -> str:
     if len(symbolic) == 1 and 0 not in known:
         return e.op("Reshape", x, e.b.ints([-1 if isinstance(size, torch.SymInt) else size for size in known]))
     return e.op("Reshape", x, e.shape(wanted))
+
+
+@rule("aten.as_strided.default")
+def _as_strided(e: Emission, node: fx.Node, x: Value, *form: Any) -> str:
+    """Of all that lies in memory, in order: what torch makes of a pooling over maps whose channels come last."""
+    _check_whole(node, x, 1)
+    return e.reshape(x, node.meta["val"].shape)
+
+
+@rule("aten.as_strided_scatter.default")
+def _as_strided_scatter(e: Emission, node: fx.Node, x: Value, source: Value, *form: Any) -> str:
+    """Into all of it, in order: its derivative."""
+    _check_whole(node, x, 2)
+    return e.reshape(source, x.shape)
+
+
+def _check_whole(node: fx.Node, x: Value, place: int) -> None:
+    """Raise ExportError unless the sizes, strides and offset from `place` on are those of all of `x`, in order."""
+    given: Any = fx.node.map_arg(node.args[place:], lambda each: each.meta["val"])
+    sizes, strides, offset = (*given, 0)[:3]
+    expected: Any = 1
+    whole = not offset and x.val.is_contiguous()
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        whole = whole and bool(size == 1 or stride == expected)
+        expected = expected * size
+    if not whole or bool(expected != x.val.numel()):
+        raise ExportError("as_strided has a rule for the whole of a tensor only, in its order.")
 
 
 @rule("aten.permute.default")
