@@ -86,7 +86,6 @@ CASES: dict[str, ExportCase] = {
     "layerwise": _f32(small, Ratio(copies=4, sigma=0.5)),
     "joint, one pair at a time": ExportCase(small, Ratio(groups="joint", copies=4, chunk=2)),
     "the paper's": ExportCase(small, Ratio.alr(copies=4, chunk=2)),
-    "gaussian": _f32(small, Ratio(noise="gaussian", groups="joint", copies=4, sigma=0.5)),
     "gaussian signs, sign captures": ExportCase(small, Ratio(noise="gaussian", score="sign", capture="sign", copies=4)),
     "laplace, captures of two bits": ExportCase(
         small, Ratio(noise="laplace", capture="stochastic-2", groups="joint", copies=4)
@@ -95,7 +94,6 @@ CASES: dict[str, ExportCase] = {
     "stochastic captures, one-sided": ExportCase(
         small, Ratio(antithetic=False, capture="stochastic", copies=5), loss=squares
     ),
-    "alive, shared weights": ExportCase(Recurrent, Ratio(placement="alive", groups="joint", copies=4)),
     "narrow": _f32(Convolutions, Ratio(placement="narrow", groups="joint", copies=4, sigma=0.5), images),
     "dropout, batch statistics": ExportCase(Normalised, Ratio(copies=4, groups="joint", credit="batch", chunk=2)),
     "feedback": _f32(small, Learned(copies=2, warmup=1, sigma=0.5)),
@@ -106,8 +104,7 @@ CASES: dict[str, ExportCase] = {
     "feedback, segments, when it teaches": ExportCase(mlp, Learned(copies=2, warmup=1, probe_every="auto", segments=2)),
     "feedback, reach beyond": ExportCase(small, Learned(copies=2, warmup=0, reach=9), loss=squares),
     "feedback, blocks": _f32(Convolutions, Learned(copies=4, warmup=0, blocks=2, sigma=0.5), images),
-    "feedback, shared weights": ExportCase(Recurrent, Learned(copies=2, warmup=0)),
-    "feedback, batch statistics": ExportCase(Normalised, Learned(copies=2, warmup=0, trust=False)),
+    "feedback, shared weights, trust apart": ExportCase(Recurrent, Learned(copies=2, warmup=0, trust=False)),
     "automatic": ExportCase(small, Ratio.auto(warmup=1)),
 }
 

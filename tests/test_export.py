@@ -24,9 +24,9 @@ from onward.runtime.export.updates import described
 from onward.runtime.training.update import update
 
 SEVERAL = [
-    "layerwise", "joint, one pair at a time", "captures of four bits, in chunks", "alive, shared weights",
+    "layerwise", "joint, one pair at a time", "captures of four bits, in chunks",
     "dropout, batch statistics", "feedback, corrected, gaussian", "feedback, segments, when it teaches",
-    "feedback, shared weights",
+    "feedback, shared weights, trust apart",
 ]  # fmt: skip
 """Cases whose tasks are run by themselves."""
 PROBING = ["feedback, reach, every other step", "feedback, segments, when it teaches"]

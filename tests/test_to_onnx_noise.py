@@ -135,7 +135,7 @@ def expected_numbers(
 
 
 @pytest.mark.parametrize("noise", NUMBERS)
-@hypothesis.settings(max_examples=12, phases=PHASES)
+@hypothesis.settings(max_examples=8, phases=PHASES)
 @hypothesis.given(
     seed=SEEDS, step=STEPS, site=SITES, count=st.integers(1, 700), purpose=st.sampled_from([0, 1, 2]), data=st.data()
 )
@@ -240,7 +240,7 @@ def test_perturb(situation: tuple[Any, ...], tiled: bool, masked: bool, tied: bo
     same_bits(found, perturb(*given).numpy())
 
 
-@hypothesis.settings(max_examples=16, phases=PHASES)
+@hypothesis.settings(max_examples=12, phases=PHASES)
 @hypothesis.given(situation=situations(), scored=st.sampled_from(["exact", "sign"]), summed=st.booleans())
 def test_weighted_noise(situation: tuple[Any, ...], scored: str, summed: bool) -> None:
     (sizes, dim, outer), ids, dtype, noise, samples, seed, step, site = situation
