@@ -847,7 +847,9 @@ def convolutions() -> Iterator[Case]:
     )
     yield case("a size by another name", lambda x: x + torch.sym_max(x.shape[0], 1), X)
     yield case("adaptive pool 1d", lambda x: F.adaptive_avg_pool1d(x, 3), real(B, 2, 6))
-    yield case("unpool", lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), [2]), distinct(B, 2, 4, 6))
+    yield case(
+        "unpool", lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), [2, 2]), distinct(B, 2, 4, 6)
+    )
     yield case(
         "upsample nearest",
         lambda x: (F.interpolate(x, scale_factor=2), F.interpolate(x, size=(9, 7)), F.interpolate(x, size=(3, 3))),
