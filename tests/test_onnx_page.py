@@ -12,7 +12,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert len(BLOCKS) == 2
-    namespace = {}
+    namespace: dict = {}
     for block in BLOCKS:
         exec(compile(block, "docs/onnx.md", "exec"), namespace)
     assert len(capsys.readouterr().out.split()) == 3  # a loss a step

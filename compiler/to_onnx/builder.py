@@ -131,20 +131,20 @@ class Builder:
     def graph(self) -> onnx.GraphProto:
         """The graph as it is now; of a branch without the initializers, which stand in the outermost one."""
         held = list(self.initializers.values()) if self.parent is None else []
-        return helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, held)
+        graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, held)
+        _name_by_outputs(graph)
+        return graph
 
-    def model(self, about: str, metadata: dict[str, str] | None = None) -> onnx.ModelProto:
+    def model(self, about: str) -> onnx.ModelProto:
         """The model, of names that are read outside as they are written; what nothing reads is left out."""
-        graph = without_unread(_named_where_made(self.graph()))
-        model = helper.make_model(
+        graph = without_unread(self.graph())
+        return helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", OPSET)],
             ir_version=IR_VERSION,
             producer_name="onward",
             doc_string=about,
         )
-        helper.set_model_props(model, metadata or {})
-        return model
 
 
 def _hashable(value: Any) -> Any:
@@ -153,27 +153,29 @@ def _hashable(value: Any) -> Any:
     return id(value) if isinstance(value, onnx.GraphProto) else value
 
 
-def _named_where_made(graph: onnx.GraphProto) -> onnx.GraphProto:
-    """The graph whose results have their names where they are made, not behind a copy; but inputs and constants that
-    are returned, and values that are returned twice."""
-    made = {name for node in graph.node for name in node.output if node.op_type != "Identity"}
-    final = {output.name for output in graph.output}
+def _name_by_outputs(graph: onnx.GraphProto) -> None:
+    """Give results the names of the outputs that copy them, in place, and drop the copies.
+
+    ONNX Runtime 1.32 drops such copies itself, and has lost a value that another node read too.
+    """
+    outputs = {output.name for output in graph.output}
+    free = {name for node in graph.node for name in node.output} - outputs
     renamed: dict[str, str] = {}
+    kept = []
     for node in graph.node:
-        if node.op_type == "Identity" and node.output[0] in final and node.input[0] in made:
-            renamed.setdefault(node.input[0], node.output[0])
-    kept = [
-        node for node in graph.node if not (node.op_type == "Identity" and renamed.get(node.input[0]) == node.output[0])
-    ]
+        if node.op_type == "Identity" and node.output[0] in outputs and node.input[0] in free - renamed.keys():
+            renamed[node.input[0]] = node.output[0]
+        else:
+            kept.append(node)
     for node in kept:
         _rename(node, renamed)
-    return helper.make_graph(kept, graph.name, graph.input, graph.output, graph.initializer)
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def _rename(node: onnx.NodeProto, renamed: dict[str, str]) -> None:
     for names in (node.input, node.output):
-        for place, name in enumerate(names):
-            names[place] = renamed.get(name, name)
+        names[:] = [renamed.get(name, name) for name in names]
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
             for inner in attribute.g.node:

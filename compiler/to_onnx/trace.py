@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.traceback import preserve_node_meta
@@ -53,8 +56,6 @@ KEPT = (
     _aten.tril.default,
     _aten.triu.default,
     _aten._unsafe_view.default,
-    _aten.upsample_nearest2d.vec,
-    _aten.upsample_bilinear2d.vec,
 )
 """Operations with a decomposition that ONNX has an operator for."""
 
@@ -135,20 +136,11 @@ def trace(
                 fakes.append(torch.empty(shape, dtype=each.dtype))
             else:
                 fakes.append(size_of_batch * each)
-    table = {target: rule for target, rule in core_aten_decompositions().items() if target not in KEPT}
-    table |= {**DECOMPOSED, **(decompositions or {})}
+    table = {**_decompositions(), **(decompositions or {})}
     run = fx.Interpreter(function).run if isinstance(function, fx.GraphModule) else function
-
-    def flat(*arguments: Any) -> tuple[Any, ...]:
-        return tuple(run(*arguments))
-
-    def traced_by(called: Callable[..., Any]) -> fx.GraphModule:
-        with mode, torch.no_grad(), preserve_node_meta():
-            return make_fx(called, decomposition_table=table, _allow_non_fake_inputs=True)(*fakes)
-
-    traced = traced_by(flat)
-    if any(_writes(node) for node in traced.graph.nodes):  # in place, as a user's loss may
-        traced = traced_by(torch.func.functionalize(flat, remove="mutations"))
+    traced = _traced(lambda *arguments: tuple(run(*arguments)), fakes, table, mode)
+    if _mutates(traced):  # losses write, and some of torch's decompositions do
+        traced = _traced(functionalize(fx.Interpreter(traced).run), fakes, table, mode)
     fixed = [guard.expr for guard in mode.shape_env.guards if _fixes(guard.expr, strict)]  # type: ignore[union-attr]
     if fixed:
         raise ExportError(f"the batch size would have to be fixed: {fixed[0]} was assumed on the way.")
@@ -160,10 +152,23 @@ def trace(
     return traced
 
 
-def _writes(node: fx.Node) -> bool:
-    """Whether a node changes the numbers of what it is given."""
-    mutable = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-    return mutable and node.target is not _aten.detach_.default
+@cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Torch's core ones, whose table takes longer to make than a small graph to trace, and `DECOMPOSED`."""
+    return {target: rule for target, rule in core_aten_decompositions().items() if target not in KEPT} | DECOMPOSED
+
+
+def _traced(
+    run: Callable[..., Any], fakes: Sequence[Any], table: Mapping[Any, Callable[..., Any]], mode: FakeTensorMode
+) -> fx.GraphModule:
+    """Torch's own operations are taken apart in Python, where a free size stays free."""
+    with mode, torch.no_grad(), enable_python_dispatcher(), preserve_node_meta():
+        return make_fx(run, decomposition_table=dict(table), _allow_non_fake_inputs=True)(*fakes)
+
+
+def _mutates(graph: fx.GraphModule) -> bool:
+    operators = (node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+    return any(operator._schema.is_mutable for operator in operators)
 
 
 def _free_size(mode: FakeTensorMode) -> torch.SymInt:
@@ -179,7 +184,14 @@ def _fixes(guard: Any, strict: bool) -> bool:
     """Whether a guard of a trace holds for some batch sizes only; that it is not 0 or 1 is no matter."""
     if not guard.free_symbols or not (strict or guard.func is sympy.Eq):
         return False
-    return not all(bool(guard.subs(dict.fromkeys(guard.free_symbols, size))) for size in (2, 3, 7, 60, 120))
+    return not all(_holds(guard, size) for size in (2, 3, 7, 60, 120))
+
+
+def _holds(guard: Any, size: int) -> bool:
+    try:
+        return bool(guard.subs(dict.fromkeys(guard.free_symbols, size)))
+    except ZeroDivisionError:  # a part of the size that this one has none of
+        return False
 
 
 def _embedding_backward(
@@ -195,7 +207,13 @@ def _embedding_backward(
 
 
 DECOMPOSED: dict[Any, Callable[..., Any]] = {
-    **get_decompositions([_aten._native_batch_norm_legit_functional, _aten.native_batch_norm_backward]),
+    **get_decompositions(
+        [
+            _aten._native_batch_norm_legit_functional,
+            _aten._native_batch_norm_legit.no_stats,
+            _aten.native_batch_norm_backward,
+        ]
+    ),
     _aten.embedding_dense_backward.default: _embedding_backward,
 }
 """Decompositions beside torch's core ones."""

@@ -54,7 +54,7 @@ def add_updates(r: Recorder) -> None:
         losses_, others = values[: len(losses)], values[len(losses) :]
         total = sum(((value * 0).sum().double() for value in (*losses_, *others)), torch.zeros((), dtype=torch.float64))
         loss = losses_[0].sum() if r.compiled.credits_nodes else losses_[0].mean()
-        return [total == 0, loss, count + 1]
+        return [total == 0, loss.float(), count + 1]
 
     r.function("C", check, ["optimizer:steps", *losses, *checked], ["finite", "loss", "new:optimizer:steps"])
 

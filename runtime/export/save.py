@@ -100,6 +100,7 @@ def export(
     with _sigmas(program, batch, target):
         tasks, recorder = make_tasks(program, batch, target, known, moments)
         sigmas = list(program.sigmas)
+    state = {key: _array(key, value) for key, value in tasks.state.items()}
     about = f"{name}, compiled by Onward"
     with whole_folder(folder) as temporary:
         models = {
@@ -114,7 +115,6 @@ def export(
             entries.append(_entry(task, path, tasks))
         for path, made in models.items():
             write_model(made, temporary / path)
-        state = {key: _array(key, value) for key, value in tasks.state.items()}
         np.savez(temporary / "state.npz", **state)
         manifest = {
             "format": FORMAT,

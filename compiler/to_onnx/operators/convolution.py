@@ -175,26 +175,15 @@ def _max_pool_backward(
     padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool, indices: Value,
 ) -> str:  # fmt: skip
     """Each cotangent to the place of its maximum; a place may be that of several windows."""
-    return _placed(e, grad, indices, node.meta["val"].shape, "add")
-
-
-@rule("aten.max_unpool2d.default")
-def _max_unpool(e: Emission, node: fx.Node, x: Value, indices: Value, sizes: Sequence[int]) -> str:
-    return _placed(e, x, indices, node.meta["val"].shape, "none")
-
-
-def _placed(e: Emission, values: Value, indices: Value, shape: Sequence[Any], reduction: str) -> str:
-    height, width = static(shape[-2]), static(shape[-1])
+    shape = node.meta["val"].shape
     outer = list(shape[:-2])
-    flat = filled(e, [*outer, height * width], 0, values.dtype)
-    count = static(values.shape[-1]) * static(values.shape[-2])
-    index, source = (e.reshape(each, [*outer, count]) for each in (indices, values))
-    more = {} if reduction == "none" else {"reduction": reduction}
-    found = e.op("ScatterElements", flat, index, source, axis=len(outer), **more)
-    return e.reshape(found, shape)
+    flat = filled(e, [*outer, static(shape[-2]) * static(shape[-1])], 0, grad.dtype)
+    count = static(grad.shape[-1]) * static(grad.shape[-2])
+    index, source = (e.reshape(each, [*outer, count]) for each in (indices, grad))
+    return e.reshape(e.op("ScatterElements", flat, index, source, axis=len(outer), reduction="add"), shape)
 
 
-@rule("aten.avg_pool2d.default", "aten.avg_pool1d.default")
+@rule("aten.avg_pool2d.default")
 def _avg_pool(
     e: Emission, node: fx.Node, x: Value, kernel: Sequence[int], stride: Sequence[int] = (),
     padding: Sequence[int] = (0,), ceil_mode: bool = False, count_include_pad: bool = True, divisor: Any = None,
@@ -252,16 +241,3 @@ def _adaptive_backward(e: Emission, node: fx.Node, grad: Value, x: Value) -> str
     opened = e.reshape(shared, [*grad.shape[:-2], rows, 1, columns, 1])
     wide = e.op("Expand", opened, e.shape([*grad.shape[:-2], rows, sides[0], columns, sides[1]]))
     return e.reshape(wide, x.shape)
-
-
-@rule("aten.upsample_nearest2d.vec", "aten.upsample_bilinear2d.vec")
-def _upsample(e: Emission, node: fx.Node, x: Value, sizes: Any, *given: Any) -> str:
-    linear = "bilinear" in str(node.target)
-    aligned = bool(given[0]) if linear else False
-    how = "align_corners" if aligned else "half_pixel" if linear else "asymmetric"
-    wanted = node.meta["val"].shape
-    more: dict[str, Any] = {} if linear else {"nearest_mode": "floor"}
-    return e.op(
-        "Resize", x, None, None, e.shape(wanted), mode="linear" if linear else "nearest",
-        coordinate_transformation_mode=how, **more,
-    )  # fmt: skip

@@ -51,7 +51,8 @@ def _scatter_reduce(
     *,
     include_self: bool = True,
 ) -> str:
-    known = {"sum": ("add", 0.0), "prod": ("mul", 1.0), "amax": ("max", -math.inf), "amin": ("min", math.inf)}
+    least, most = (-math.inf, math.inf) if x.dtype.is_floating_point else _limits(x.dtype)
+    known = {"sum": ("add", 0), "prod": ("mul", 1), "amax": ("max", least), "amin": ("min", most)}
     if reduce not in known:
         raise ExportError(f"scatter_reduce(reduce={reduce!r}) has no rule.")
     name, neutral = known[reduce]
@@ -60,6 +61,10 @@ def _scatter_reduce(
         nothing = e.op("Expand", e.scalar(neutral, x.dtype), e.shape(index.shape))
         base = e.op("ScatterElements", x, index, nothing, axis=axis)
     return e.op("ScatterElements", base, index, source, axis=axis, reduction=name)
+
+
+def _limits(dtype: torch.dtype) -> tuple[int, int]:
+    return torch.iinfo(dtype).min, torch.iinfo(dtype).max
 
 
 @rule("aten.index.Tensor")
@@ -76,7 +81,7 @@ def _index(e: Emission, node: fx.Node, x: Value, indices: Sequence[Value | None]
     return _back(e, found, node.meta["val"].dim(), first, rank - len(places))
 
 
-@rule("aten.index_put.default", "aten._unsafe_index_put.default")
+@rule("aten.index_put.default")
 def _index_put(
     e: Emission, node: fx.Node, x: Value, indices: Sequence[Value | None], values: Value, accumulate: bool = False
 ) -> str:

@@ -235,6 +235,7 @@ def _stochastic_sign(
     total, _ = elements(e, sizes, dim)
     (found,) = random.words(e.b, key, draws, [Stream(site, total, False, CAPTURE)])
     form = _Form(e, sizes, dim, outer)
-    uniform = form.closed(form.of_draws(random.numbers(e.b, found, "uniform", total), len(draws)), len(draws))
+    numbers = e.cast(random.numbers(e.b, found, "uniform", total), torch.float32, x.dtype)
+    uniform = form.closed(form.of_draws(numbers, len(draws)), len(draws))
     kept = e.op("Less", e.op("Mul", uniform, scale), e.op("Abs", x))
     return e.op("Mul", e.op("Sign", x), e.cast(kept, torch.bool, x.dtype))

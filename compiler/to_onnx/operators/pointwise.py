@@ -14,11 +14,13 @@ from ..emit import Emission, Value, rule
 _UNARY = {
     "abs": "Abs", "neg": "Neg", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "sin": "Sin", "cos": "Cos", "tan": "Tan",
     "tanh": "Tanh", "sigmoid": "Sigmoid", "erf": "Erf", "floor": "Floor", "ceil": "Ceil", "round": "Round",
-    "sign": "Sign", "reciprocal": "Reciprocal", "relu": "Relu", "logical_not": "Not", "bitwise_not": "Not",
+    "sign": "Sign", "reciprocal": "Reciprocal", "relu": "Relu", "logical_not": "Not", "bitwise_not": "BitwiseNot",
     "isnan": "IsNaN", "isinf": "IsInf", "asin": "Asin", "acos": "Acos", "atan": "Atan", "sinh": "Sinh",
     "cosh": "Cosh", "asinh": "Asinh", "acosh": "Acosh", "atanh": "Atanh",
 }  # fmt: skip
-_BINARY = {"mul": "Mul", "maximum": "Max", "minimum": "Min"}
+_BINARY = {
+    "mul.Tensor": "Mul", "mul.Scalar": "Mul", "maximum.default": "Max", "minimum.default": "Min",
+}  # fmt: skip
 _COMPARISONS = {"eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual"}
 _LOGICAL = {"logical_and": "And", "logical_or": "Or", "logical_xor": "Xor"}
 _BITWISE = {"bitwise_and": "And", "bitwise_or": "Or", "bitwise_xor": "Xor"}
@@ -32,8 +34,9 @@ def out_type(node: fx.Node) -> torch.dtype:
 
 def _unary(operator: str) -> Callable[..., str]:
     def convert(e: Emission, node: fx.Node, x: Value) -> str:
-        dtype = torch.bool if operator == "Not" else x.dtype if operator.startswith("Is") else out_type(node)
-        return e.op(operator, e.as_type(x, dtype))
+        kind = "Not" if operator == "BitwiseNot" and x.dtype == torch.bool else operator
+        dtype = torch.bool if kind == "Not" else x.dtype if kind.startswith("Is") else out_type(node)
+        return e.op(kind, e.as_type(x, dtype))
 
     return convert
 
@@ -78,7 +81,7 @@ def _bitwise(operator: str) -> Callable[..., str]:
 for _name, _operator in _UNARY.items():
     rule(f"aten.{_name}.default")(_unary(_operator))
 for _name, _operator in _BINARY.items():
-    rule(*(f"aten.{_name}.{kind}" for kind in ("Tensor", "Scalar", "default")))(_binary(_operator))
+    rule(f"aten.{_name}")(_binary(_operator))
 for _name, _operator in _COMPARISONS.items():
     rule(f"aten.{_name}.Tensor", f"aten.{_name}.Scalar")(_comparison(_operator))
 rule("aten.ne.Tensor", "aten.ne.Scalar")(_comparison("Equal", negated=True))
@@ -93,12 +96,10 @@ def _shift(e: Emission, node: fx.Node, x: Value, by: Value) -> str:
     return e.op("BitShift", x, by, direction="RIGHT")
 
 
-@rule("aten.add.Tensor", "aten.add.Scalar", "aten.sub.Tensor", "aten.sub.Scalar", "aten.rsub.Scalar")
+@rule("aten.add.Tensor", "aten.add.Scalar", "aten.sub.Tensor", "aten.sub.Scalar")
 def _sum(e: Emission, node: fx.Node, x: Any, y: Any, alpha: Any = 1, **more: Any) -> str:
     dtype = out_type(node)
     alpha = more.get("alpha", alpha)
-    if "rsub" in str(node.target):
-        x, y = y, x
     first, second = e.as_type(x, dtype), e.as_type(y, dtype)
     if dtype == torch.bool:
         return e.op("Or", first, second)
@@ -107,7 +108,7 @@ def _sum(e: Emission, node: fx.Node, x: Any, y: Any, alpha: Any = 1, **more: Any
     return e.op("Add" if "add" in str(node.target) else "Sub", first, second)
 
 
-@rule("aten.div.Tensor", "aten.div.Scalar", "aten.div.Tensor_mode", "aten.div.Scalar_mode")
+@rule("aten.div.Tensor", "aten.div.Scalar", "aten.div.Tensor_mode")
 def _quotient(e: Emission, node: fx.Node, x: Any, y: Any, rounding_mode: str | None = None) -> str:
     dtype = out_type(node)
     if rounding_mode is None or dtype.is_floating_point:
@@ -115,14 +116,16 @@ def _quotient(e: Emission, node: fx.Node, x: Any, y: Any, rounding_mode: str | N
         if rounding_mode == "floor":
             return e.op("Floor", found)
         return found if rounding_mode is None else e.op("Mul", e.op("Sign", found), e.op("Floor", e.op("Abs", found)))
-    found = e.op("Div", e.as_type(x, torch.float64), e.as_type(y, torch.float64))
-    rounded = e.op("Floor", found) if rounding_mode == "floor" else found  # a cast truncates
-    return e.cast(rounded, torch.float64, dtype)
-
-
-@rule("aten.floor_divide.default")
-def _floor_divide(e: Emission, node: fx.Node, x: Any, y: Any) -> str:
-    return _quotient(e, node, x, y, "floor")
+    wide = torch.int64 if dtype == torch.int64 else torch.int32  # runtimes divide no narrower ones
+    first, second = e.as_type(x, wide), e.as_type(y, wide)
+    found = e.op("Div", first, second)
+    if rounding_mode == "floor":
+        left = e.op("Sub", first, e.op("Mul", found, second))
+        zero = e.scalar(0, wide)
+        below = e.op("Xor", e.op("Less", left, zero), e.op("Less", second, zero))
+        off = e.op("And", below, e.op("Not", e.op("Equal", left, zero)))
+        found = e.op("Sub", found, e.cast(off, torch.bool, wide))
+    return e.cast(found, wide, dtype)
 
 
 @rule("aten.remainder.Tensor", "aten.remainder.Scalar", "aten.fmod.Tensor", "aten.fmod.Scalar")
@@ -162,62 +165,52 @@ def _rsqrt(e: Emission, node: fx.Node, x: Value) -> str:
     return e.op("Reciprocal", e.op("Sqrt", e.as_type(x, out_type(node))))
 
 
+def _near_zero(e: Emission, x: str, near: str, far: str, dtype: torch.dtype) -> str:
+    """One form where a sum with 1 would lose what is small, another elsewhere."""
+    return e.op("Where", e.op("Less", e.op("Abs", x), e.scalar(0.5, dtype)), near, far)
+
+
 @rule("aten.log1p.default", "aten.expm1.default", "aten.log2.default", "aten.log10.default", "aten.exp2.default")
 def _logarithms(e: Emission, node: fx.Node, x: Value) -> str:
     dtype = out_type(node)
     given, one = e.as_type(x, dtype), e.scalar(1, dtype)
     match str(node.target).split(".")[1]:
         case "log1p":
-            return e.op("Log", e.op("Add", given, one))
+            more = e.op("Add", given, one)
+            plain = e.op("Log", more)
+            left = e.op("Sub", more, one)  # what the sum kept of x
+            ratio = e.op("Mul", plain, e.op("Div", given, left))
+            near = e.op("Where", e.op("Equal", left, e.scalar(0, dtype)), given, ratio)
+            return _near_zero(e, given, near, plain, dtype)
         case "expm1":
-            return e.op("Sub", e.op("Exp", given), one)
+            half = e.op("Tanh", e.op("Mul", given, e.scalar(0.5, dtype)))
+            near = e.op("Div", e.op("Add", half, half), e.op("Sub", one, half))
+            return _near_zero(e, given, near, e.op("Sub", e.op("Exp", given), one), dtype)
         case "exp2":
             return e.op("Pow", e.scalar(2, dtype), given)
         case name:
             return e.op("Mul", e.op("Log", given), e.scalar(1 / math.log(2 if name == "log2" else 10), dtype))
 
 
-@rule(
-    "aten.clamp.default", "aten.clamp.Tensor", "aten.clamp_min.default", "aten.clamp_max.default",
-    "aten.clamp_min.Tensor", "aten.clamp_max.Tensor", "aten.hardtanh.default",
-)  # fmt: skip
+@rule("aten.clamp.default", "aten.clamp.Tensor", "aten.hardtanh.default")
 def _clamp(e: Emission, node: fx.Node, x: Value, low: Any = None, high: Any = None, **more: Any) -> str:
     dtype = out_type(node)
     low, high = more.get("min", low), more.get("max", high)
-    if "clamp_max" in str(node.target):
-        low, high = None, low
     value = e.as_type(x, dtype)
     if low is not None:
         value = e.op("Max", value, e.as_type(low, dtype))
     return value if high is None else e.op("Min", value, e.as_type(high, dtype))
 
 
-@rule("aten.where.self", "aten.where.ScalarSelf", "aten.where.ScalarOther", "aten.where.Scalar")
+@rule("aten.where.self")
 def _where(e: Emission, node: fx.Node, condition: Value, x: Any, y: Any) -> str:
     dtype = out_type(node)
     return e.op("Where", e.as_type(condition, torch.bool), e.as_type(x, dtype), e.as_type(y, dtype))
 
 
-@rule("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
-def _masked_fill(e: Emission, node: fx.Node, x: Value, mask: Value, value: Any) -> str:
-    return _where(e, node, mask, value, x)
-
-
-@rule("aten.lerp.Tensor", "aten.lerp.Scalar")
-def _lerp(e: Emission, node: fx.Node, x: Value, y: Value, weight: Any) -> str:
-    """torch's own two forms: exact at both ends."""
-    dtype = out_type(node)
-    share, one = e.as_type(weight, dtype), e.scalar(1, dtype)
-    difference = e.op("Sub", y, x)
-    near = e.op("Add", x, e.op("Mul", share, difference))
-    far = e.op("Sub", y, e.op("Mul", difference, e.op("Sub", one, share)))
-    return e.op("Where", e.op("Less", e.op("Abs", share), e.scalar(0.5, dtype)), near, far)
-
-
 @rule(
-    "aten._to_copy.default", "aten.to.dtype", "prims.convert_element_type.default", "aten.clone.default",
-    "aten.alias.default", "aten.contiguous.default", "aten.detach.default", "aten.detach_.default",
-    "aten.lift_fresh_copy.default", "aten.expand_copy.default", "aten.copy.default", "aten.lift_fresh.default",
+    "aten._to_copy.default", "aten.clone.default", "aten.alias.default", "aten.lift_fresh_copy.default",
+    "aten.copy.default",
 )  # fmt: skip
 def _copied(e: Emission, node: fx.Node, x: Value, *more: Any, **named: Any) -> str:
     if "aten.copy." in str(node.target):

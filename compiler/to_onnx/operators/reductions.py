@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,17 +38,16 @@ def _reduce(e: Emission, node: fx.Node, x: Value, dims: Any = None, keepdim: boo
     return _reduced(e, operator, e.as_type(x, out_type(node)), _axes(named.get("dim", dims), x.rank), keepdim)
 
 
-@rule("aten.sum.default", "aten.mean.default", "aten.prod.default", "aten.max.default", "aten.min.default")
+@rule("aten.mean.default", "aten.prod.default", "aten.max.default", "aten.min.default")
 def _reduce_all(e: Emission, node: fx.Node, x: Value, **named: Any) -> str:
     operator = _REDUCTIONS[str(node.target).split(".")[1]]
     return _reduced(e, operator, e.as_type(x, out_type(node)), list(range(x.rank)), False)
 
 
-@rule("aten.any.dim", "aten.any.dims", "aten.any.default", "aten.all.dim", "aten.all.default")
-def _quantified(e: Emission, node: fx.Node, x: Value, dims: Any = None, keepdim: bool = False) -> str:
-    operator = "ReduceMax" if "any" in str(node.target) else "ReduceMin"
+@rule("aten.any.dim", "aten.any.dims", "aten.any.default")
+def _any(e: Emission, node: fx.Node, x: Value, dims: Any = None, keepdim: bool = False) -> str:
     numbers = e.as_type(Value(e.as_type(x, torch.bool), x.val.bool()), torch.int32)
-    found = _reduced(e, operator, numbers, _axes(dims, x.rank), keepdim)
+    found = _reduced(e, "ReduceMax", numbers, _axes(dims, x.rank), keepdim)
     return e.cast(found, torch.int32, torch.bool)
 
 
@@ -89,6 +89,20 @@ def _variance(
 def _as_value(e: Emission, size: Any) -> Any:
     known = e.size(size)
     return known if isinstance(known, int) else Value(known, 0)
+
+
+@rule("aten.linalg_vector_norm.default")
+def _norm(
+    e: Emission, node: fx.Node, x: Value, order: float = 2, dims: Any = None, keepdim: bool = False, **named: Any
+) -> str:
+    value, axes = e.as_type(x, out_type(node)), _axes(dims, x.rank)
+    if order in (1, 2):
+        return _reduced(e, f"ReduceL{int(order)}", value, axes, keepdim)
+    size = e.op("Abs", value)
+    if abs(order) == math.inf:
+        return _reduced(e, "ReduceMax" if order > 0 else "ReduceMin", size, axes, keepdim)
+    total = _reduced(e, "ReduceSum", e.op("Pow", size, e.scalar(order, out_type(node))), axes, keepdim)
+    return e.op("Pow", total, e.scalar(1 / order, out_type(node)))
 
 
 @rule("aten.cumsum.default")

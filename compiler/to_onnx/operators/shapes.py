@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from ..builder import DTYPES
+from ....passes.errors import ExportError
 from ..emit import Emission, Value, rule, size_of, static
 from .pointwise import out_type
 
@@ -33,10 +33,10 @@ def _numel(e: Emission, node: fx.Node, x: Value) -> str:
     return e.op("Size", x)
 
 
-@rule("mul", "add", "sub", "floordiv")
+@rule("mul", "add", "sub", "floordiv", "sym_max")
 def _arithmetic(e: Emission, node: fx.Node, x: Any, y: Any) -> str:
     """Of sizes, which are positive, and of numbers that they give."""
-    operator = {"mul": "Mul", "add": "Add", "sub": "Sub", "floordiv": "Div"}[node.target.__name__]  # type: ignore[union-attr]
+    operator = {"mul": "Mul", "add": "Add", "sub": "Sub", "floordiv": "Div", "sym_max": "Max"}[node.target.__name__]  # type: ignore[union-attr]
     wide = torch.float64 if isinstance(node.meta["val"], (float, torch.SymFloat)) else torch.int64
     return e.op(operator, e.as_type(x, wide), e.as_type(y, wide))
 
@@ -51,8 +51,7 @@ def _float_of(e: Emission, node: fx.Node, x: Value) -> str:
     return e.as_type(x, torch.float64)
 
 
-@rule("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten._reshape_copy.default",
-      "aten.view_copy.default")  # fmt: skip
+@rule("aten.view.default", "aten._unsafe_view.default")
 def _view(e: Emission, node: fx.Node, x: Value, sizes: Sequence[Any]) -> str:
     wanted = node.meta["val"].shape
     known = [static(s) if not isinstance(s, torch.SymInt) or not s.node.expr.free_symbols else s for s in wanted]
@@ -60,6 +59,33 @@ def _view(e: Emission, node: fx.Node, x: Value, sizes: Sequence[Any]) -> str:
     if len(symbolic) == 1 and 0 not in known:
         return e.op("Reshape", x, e.b.ints([-1 if isinstance(size, torch.SymInt) else size for size in known]))
     return e.op("Reshape", x, e.shape(wanted))
+
+
+@rule("aten.as_strided.default")
+def _as_strided(e: Emission, node: fx.Node, x: Value, *form: Any) -> str:
+    """Of all that lies in memory, in order: what torch makes of a pooling over maps whose channels come last."""
+    _check_whole(node, x, 1)
+    return e.reshape(x, node.meta["val"].shape)
+
+
+@rule("aten.as_strided_scatter.default")
+def _as_strided_scatter(e: Emission, node: fx.Node, x: Value, source: Value, *form: Any) -> str:
+    """Into all of it, in order: its derivative."""
+    _check_whole(node, x, 2)
+    return e.reshape(source, x.shape)
+
+
+def _check_whole(node: fx.Node, x: Value, place: int) -> None:
+    """Raise ExportError unless the sizes, strides and offset from `place` on are those of all of `x`, in order."""
+    given: Any = fx.node.map_arg(node.args[place:], lambda each: each.meta["val"])
+    sizes, strides, offset = (*given, 0)[:3]
+    expected: Any = 1
+    whole = not offset and x.val.is_contiguous()
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        whole = whole and bool(size == 1 or stride == expected)
+        expected = expected * size
+    if not whole or bool(expected != x.val.numel()):
+        raise ExportError("as_strided has a rule for the whole of a tensor only, in its order.")
 
 
 @rule("aten.permute.default")
@@ -85,9 +111,9 @@ def _unsqueeze(e: Emission, node: fx.Node, x: Value, dim: int) -> str:
     return e.op("Unsqueeze", x, e.b.ints([axis_of(dim, x.rank + 1)]))
 
 
-@rule("aten.squeeze.dim", "aten.squeeze.dims")
-def _squeeze(e: Emission, node: fx.Node, x: Value, dims: int | Sequence[int]) -> str:
-    asked = [axis_of(dim, x.rank) for dim in ([dims] if isinstance(dims, int) else dims)]
+@rule("aten.squeeze.dims")
+def _squeeze(e: Emission, node: fx.Node, x: Value, dims: Sequence[int]) -> str:
+    asked = [axis_of(dim, x.rank) for dim in dims]
     ones = [dim for dim in asked if not isinstance(x.shape[dim], torch.SymInt) and static(x.shape[dim]) == 1]
     return e.op("Squeeze", x, e.b.ints(ones)) if ones else str(x)
 
@@ -191,7 +217,7 @@ def filled(e: Emission, sizes: Sequence[Any], value: Any, dtype: torch.dtype) ->
     return e.op("Expand", scalar, e.shape(sizes))
 
 
-@rule("aten.full.default", "aten.full_like.default", "aten.new_full.default")
+@rule("aten.full.default", "aten.full_like.default")
 def _full(e: Emission, node: fx.Node, like: Any, *more: Any, **named: Any) -> str:
     value = more[-1] if more else named["fill_value"]
     if isinstance(value, Value):
@@ -199,15 +225,9 @@ def _full(e: Emission, node: fx.Node, like: Any, *more: Any, **named: Any) -> st
     return filled(e, node.meta["val"].shape, value, out_type(node))
 
 
-@rule("aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default", "aten.empty.memory_format",
-      "aten.empty_like.default", "aten.new_empty.default")  # fmt: skip
-def _zeros(e: Emission, node: fx.Node, *given: Any, **named: Any) -> str:
+@rule("aten.empty.memory_format", "aten.empty_permuted.default")
+def _empty(e: Emission, node: fx.Node, *given: Any, **named: Any) -> str:
     return filled(e, node.meta["val"].shape, 0, out_type(node))
-
-
-@rule("aten.ones.default", "aten.ones_like.default", "aten.new_ones.default")
-def _ones(e: Emission, node: fx.Node, *given: Any, **named: Any) -> str:
-    return filled(e, node.meta["val"].shape, 1, out_type(node))
 
 
 @rule("aten.scalar_tensor.default")
@@ -215,9 +235,8 @@ def _scalar(e: Emission, node: fx.Node, value: Any, **named: Any) -> str:
     return e.as_type(value, out_type(node))
 
 
-@rule("aten.arange.start_step", "aten.arange.start", "aten.arange.default")
-def _arange(e: Emission, node: fx.Node, *bounds: Any, **named: Any) -> str:
-    start, end, step = (0, bounds[0], 1) if len(bounds) == 1 else (*bounds, 1)[:3]
+@rule("aten.arange.start_step")
+def _arange(e: Emission, node: fx.Node, start: Any, end: Any, step: Any = 1, **named: Any) -> str:
     wide = torch.int64 if out_type(node) in (torch.int32, torch.int16, torch.int8, torch.uint8) else out_type(node)
     numbers = e.op("Range", *(e.as_type(each, wide) for each in (start, end, step)))
     return e.cast(numbers, wide, out_type(node))
@@ -251,17 +270,3 @@ def _slice_scatter(
     picked = e.op("Gather", source, e.b.ints([max(0, each - 1) for each in where]), axis=axis)
     mask = np.array(where).astype(bool).reshape([-1 if d == axis else 1 for d in range(x.rank)])
     return e.op("Where", e.b.constant(mask), picked, x)
-
-
-@rule("aten.select_scatter.default")
-def _select_scatter(e: Emission, node: fx.Node, x: Value, source: Value, dim: int, index: int) -> str:
-    axis = axis_of(dim, x.rank)
-    size = static(x.shape[axis])
-    opened = Value(e.op("Unsqueeze", source, e.b.ints([axis])), node.meta["val"])
-    place = index % size
-    return _slice_scatter(e, node, x, opened, axis, place, place + 1)
-
-
-def cast_to(e: Emission, name: str, dtype: torch.dtype) -> str:
-    """A value whose dtype is not known, cast."""
-    return e.op("Cast", name, to=DTYPES[dtype])
