@@ -149,7 +149,7 @@ def export(
         (temporary / "manifest.json").write_text(content, encoding="utf-8")
         written = [path for path in temporary.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in written)
-    return Exported(folder, manifest, len(written), size)
+    return Exported(folder, json.loads(content), len(written), size)
 
 
 @contextmanager
