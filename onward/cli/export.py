@@ -15,8 +15,6 @@ from ..compiler.columns import quantity
 from ..compiler.save import check_folder
 from ..models import Dataset
 from ..passes.errors import OptionError, unknown_name
-from ..runtime.onnx.files import replacing
-from ..runtime.onnx.folder import FORMAT
 from .common import check_loss, fitting, set_up
 from .options import MODEL_HELP, Common, with_common
 from .recipes import recipe_for
@@ -76,6 +74,7 @@ def export_(
         raise unknown_name("format", format, FORMATS)
     try:
         from ..runtime.export.save import export
+        from ..runtime.onnx.folder import FORMAT
     except ModuleNotFoundError as error:
         if error.name not in ("onnx", "onnxruntime"):
             raise
@@ -117,5 +116,7 @@ def _write(dataset: Dataset, path: Path) -> None:
     for split, suffix in ((dataset.train, ""), (dataset.test, "_test")):
         x, y = (tensor.cpu().numpy() for tensor in split.tensors)
         arrays |= {f"x{suffix}": x, f"y{suffix}": y}
+    from ..runtime.onnx.files import replacing
+
     with replacing(path) as file:
         np.savez_compressed(file, **arrays)

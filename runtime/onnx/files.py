@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -21,9 +21,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """
     target = Path(os.path.abspath(path))
     temporary: str | None = None
+    if target.exists() and not target.is_file():
+        raise OutputError(f"cannot write {path}: it is {'a folder' if target.is_dir() else 'no ordinary file'}.")
     try:
-        if target.is_dir():
-            raise OutputError(f"cannot write {path}: it is a folder.")
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=f".tmp-{target.name}-", dir=target.parent)
         with os.fdopen(descriptor, "wb") as file:
@@ -40,3 +40,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+class _OnlyTryingError(Exception):
+    """Nothing is to be written."""
+
+
+def check_writable(path: Path) -> None:
+    """Raise OutputError if `replacing` could not write `path`: before the work, not after it."""
+    with suppress(_OnlyTryingError), replacing(path):
+        raise _OnlyTryingError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,9 @@ from ...passes.errors import FolderError
 
 FORMAT = "onward-training"
 VERSION = 1
+
+COUNTERS = ("feedback:steps", "feedback:next_probe")
+"""What of the state says whether a step has perturbed runs, where not every step has."""
 
 Array = npt.NDArray[Any]
 
@@ -107,7 +109,7 @@ def read_folder(path: str | Path) -> Folder:
         raise FolderError(f"{manifest} cannot be read: {error}. `onward export` writes such a folder.") from error
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FolderError(f"{manifest} is damaged: {error}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise FolderError(f"{manifest} is not the manifest of an exported training step ({FORMAT!r}).")
@@ -118,8 +120,10 @@ def read_folder(path: str | Path) -> Folder:
         )
     try:
         return _folder(folder, found)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FolderError(f"{manifest} is damaged: {type(error).__name__} at {error}") from error
+    except KeyError as error:
+        raise FolderError(f"{manifest} is damaged: it lacks {error}.") from error
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise FolderError(f"{manifest} is damaged: {error}") from error
 
 
 def _folder(folder: Path, found: dict[str, Any]) -> Folder:
@@ -142,32 +146,40 @@ def _folder(folder: Path, found: dict[str, Any]) -> Folder:
         tasks=tasks,
         seed=int(found["seed"]),
         step=int(found["step"]),
-        optimizer={**found["optimizer"], "lr": float(found["optimizer"]["lr"])},
+        optimizer={
+            **found["optimizer"], "name": str(found["optimizer"]["name"]), "lr": float(found["optimizer"]["lr"]),
+        },
         always=bool(found["probe"]["always"]),
         warmup=int(found["probe"]["warmup"]),
         whole=bool(found["whole"]),
-        training=dict(found["settings"].get("training", {})),
+        training=_training(found["settings"].get("training", {})),
         forwards=float(found["forwards"]),
-    )
+    )  # fmt: skip
     _check_tasks(made)
     return made
 
 
+def _training(found: dict[str, Any]) -> dict[str, Any]:
+    """Of the settings those that the trainer takes, as far as they are there."""
+    types = {"epochs": int, "batch_size": int, "schedule": str}
+    return {name: kind(found[name]) for name, kind in types.items() if name in found}
+
+
 def _check_tasks(folder: Folder) -> None:
-    """Raise FolderError unless every task can be run after those before it."""
+    """Raise FolderError unless every task can be run after those before it, and they make all that a step gives."""
     manifest = folder.path / "manifest.json"
     known = {form.key for form in (*folder.inputs, *folder.targets, *folder.state)}
     known |= {"runtime:key", "runtime:step", "runtime:lr"}
     for task in folder.tasks:
         missing = [key for key in task.reads if key not in known]
         if missing:
-            raise FolderError(
-                f"{folder.path / 'manifest.json'} is damaged: no task before {task.name} makes {missing[0]}."
-            )
+            raise FolderError(f"{manifest} is damaged: no task before {task.name} makes {missing[0]}.")
         known.update(task.writes)
-    absent = [key for key in folder.new.values() if key not in known]
+    absent = [key for key in (*folder.new.values(), "loss", "finite") if key not in known]
     if absent:
         raise FolderError(f"{manifest} is damaged: no task makes {absent[0]}.")
+    if not folder.always and not folder.new.keys() >= set(COUNTERS):
+        raise FolderError(f"{manifest} is damaged: its state lacks {' or '.join(COUNTERS)}.")
 
 
 def _form(entry: dict[str, Any]) -> Form:
@@ -178,8 +190,12 @@ def _form(entry: dict[str, Any]) -> Form:
 def inside(folder: Path, name: str) -> Path:
     """A file of a folder; FolderError for a name that leads out of it."""
     path = folder / name
-    if Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
-        raise FolderError(f"{folder / 'manifest.json'} names {name!r}, which is not in the folder.")
+    try:
+        leaves = Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise FolderError(f"{path} cannot be read: {error}") from error
+    if leaves:
+        raise FolderError(f"{folder} names {name!r}, which leads out of the folder.")
     return path
 
 
@@ -192,7 +208,7 @@ def read_arrays(path: Path, forms: tuple[Form, ...] | None = None) -> dict[str, 
     try:
         with np.load(path, allow_pickle=False) as archive:
             found = {key: archive[key] for key in (archive.files if forms is None else [form.key for form in forms])}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever a damaged file makes NumPy or zipfile raise
         raise FolderError(f"{path} cannot be read: {error}") from error
     for form in forms or ():
         if reason := form.misfit(found[form.key]):

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from ...passes.errors import FolderError, OptionError
 from .folder import Array
+
+try:
+    import onnxruntime as ort
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "training an exported folder needs onnxruntime, which is not installed: pip install 'onward[onnx]'",
+        name=error.name,
+    ) from error
 
 Value = Any
 """An ``onnxruntime.OrtValue``."""
@@ -33,27 +40,37 @@ class Device:
 
     @classmethod
     def find(cls, asked: str) -> Device:
-        """ "auto" is the GPU where onnxruntime has a provider for one; "cuda" falls back to the CPU where it has none.
+        """ "auto" is the GPU where onnxruntime can use one; "cuda" falls back to the CPU where it cannot.
 
         Raises OptionError for another name.
         """
         if asked not in ("auto", *PROVIDERS):
             raise OptionError(f"device {asked!r}: known are auto, cpu and cuda.")
-        has_gpu = PROVIDERS["cuda"] in ort.get_available_providers()
-        return cls("cuda" if has_gpu and asked != "cpu" else "cpu", asked)
+        return cls("cuda" if asked != "cpu" and _has_gpu() else "cpu", asked)
 
     def note(self) -> str:
         """What a user has to know of the device."""
         if self.asked == "cuda" and self.name == "cpu":
             return (
-                "onnxruntime has no CUDA provider here (pip install 'onward[gpu]' brings it, and it needs a GPU with "
-                "its driver): running on the CPU"
+                "running on the CPU: onnxruntime finds no GPU here (it needs one with its driver, and "
+                "pip install 'onward[gpu]')"
             )
         return f"running on {'the GPU' if self.name == 'cuda' else 'the CPU'}"
 
     def value(self, array: Array) -> Value:
         """An array on the device."""
         return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array).reshape(array.shape), self.name, 0)
+
+
+def _has_gpu() -> bool:
+    """Whether values can be put on a GPU: onnxruntime-gpu has its provider also where there is none."""
+    if PROVIDERS["cuda"] not in ort.get_available_providers():
+        return False
+    try:
+        ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), "cuda", 0)
+    except Exception:  # as in `Model`
+        return False
+    return True
 
 
 class Model:
@@ -63,16 +80,16 @@ class Model:
         inputs, outputs: the names of what it reads and returns; `defaults` those that may be left out.
     """
 
-    def __init__(self, path: Path, device: Device, threads: int = 0) -> None:
-        """`threads` of one call, 0 for all cores.
+    def __init__(self, path: Path, device: Device, threads: int = 0, alone: bool = True) -> None:
+        """`threads` of one call, 0 for all cores; where others run in between or beside it, it is not `alone`.
 
         Raises:
             FolderError: the file is missing, damaged, or holds what this onnxruntime does not run.
         """
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        if threads == 1:
+        options.log_severity_level = 4  # what fails is raised, and says so once
+        if threads == 1 or not alone:  # threads that wait for the next call spin, which costs the other models' time
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         chosen = [PROVIDERS[device.name]] if device.name == "cpu" else [PROVIDERS["cuda"], PROVIDERS["cpu"]]
         if not path.is_file():
@@ -86,6 +103,13 @@ class Model:
         self.defaults = [value.name for value in self.session.get_overridable_initializers()]
         self.outputs = [value.name for value in self.session.get_outputs()]
         self._binding = self.session.io_binding()
+
+    def check(self, reads: Iterable[str], writes: Iterable[str]) -> None:
+        """Raise FolderError if the model reads anything else, or does not write all of these."""
+        foreign, absent = sorted(set(self.inputs) - set(reads)), sorted(set(writes) - set(self.outputs))
+        if foreign or absent:
+            reason = f"reads {foreign[0]}" if foreign else f"does not write {absent[0]}"
+            raise FolderError(f"{self.path} {reason}, which the manifest does not say. Export it again.")
 
     def __call__(self, values: Mapping[str, Value], wanted: Sequence[str] | None = None) -> dict[str, Value]:
         """Run on what `values` has of the inputs; a call at a time, like everything of a `Model`.
@@ -114,8 +138,11 @@ class Model:
 
 
 def number(value: Value) -> Any:
-    """A 0-d value as a Python number."""
-    return value.numpy().item()
+    """A 0-d value as a Python number. Raises FolderError if it holds more or less than one."""
+    found = value.numpy()
+    if found.size != 1:
+        raise FolderError(f"a model of the folder gives {list(found.shape)} where one number is wanted.")
+    return found.item()
 
 
 def _first_line(error: Exception) -> str:

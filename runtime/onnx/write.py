@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from ...passes.errors import FolderError, OptionError
 from .files import replacing
 from .folder import Folder
 from .session import Value
+
+
+def check_onnx() -> None:
+    """Raise OptionError if the package onnx, which `write_trained` needs, is not installed."""
+    if importlib.util.find_spec("onnx") is None:
+        raise OptionError("writing a model needs the package onnx: pip install 'onward[onnx]'")
 
 
 def write_trained(folder: Folder, state: dict[str, Value], path: Path) -> None:
@@ -18,11 +25,10 @@ def write_trained(folder: Folder, state: dict[str, Value], path: Path) -> None:
         FolderError: ``inference.onnx`` is damaged.
         OutputError: `path` cannot be written.
     """
-    try:
-        import onnx
-        from onnx import numpy_helper
-    except ImportError as error:
-        raise OptionError("writing a model needs the package onnx: pip install onnx") from error
+    check_onnx()
+    import onnx
+    from onnx import numpy_helper
+
     source = folder.file("inference.onnx")
     try:
         model = onnx.load(str(source))
