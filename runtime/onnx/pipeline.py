@@ -66,7 +66,7 @@ class TaskSteps:
 
     def run(self, state: State, inputs: Iterable[StepInput], seed: int) -> Generator[StepResult, None, None]:
         """The result of each step, the first from `state`; ends behind one that is not finite."""
-        with ThreadPoolExecutor(self.workers) as pool:
+        with ThreadPoolExecutor(self.workers, "onward") as pool:
             yield from _Run(self, pool, seed).steps(state, inputs)
 
 

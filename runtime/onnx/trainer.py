@@ -193,7 +193,8 @@ class Trainer:
     def _inputs(self, train: Split, epoch: int, batches: int) -> Iterator[StepInput]:
         """What is left of an epoch: the order of its samples is a function of seed and epoch."""
         settings = self.settings
-        order = np.random.Generator(np.random.Philox(key=[settings.seed % 2**64, epoch])).permutation(train.samples)
+        key = np.array([settings.seed % 2**64, epoch], np.uint64)
+        order = np.random.Generator(np.random.Philox(key=key)).permutation(train.samples)
         done, first = self._done, self.step - self._done
         for place, batch in enumerate(train.batches(settings.batch_size, order)):
             if self._stop.made:
