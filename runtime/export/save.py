@@ -39,7 +39,7 @@ from ...passes.errors import ExportError
 from ..onnx.folder import FORMAT, VERSION
 from ..program import Program
 from ..versions import versions
-from .inference import inference_model, loss_model
+from .inference import class_numbers, inference_model, loss_model
 from .step import BATCH, extents, fused, single
 from .task import Task, Tasks
 from .tasks import make_tasks
@@ -125,7 +125,7 @@ def export(
             "batch": BATCH,
             "whole": recorder.whole,
             "inputs": _described({k: v for k, v in tasks.inputs.items() if k.startswith("input:")}.items()),
-            "targets": _described({k: v for k, v in tasks.inputs.items() if k.startswith("target:")}.items()),
+            "targets": _targets(tasks, class_numbers(program, batch, target)),
             "outputs": [output.name for output in models["inference.onnx"].graph.output],
             "state": [
                 {"key": key, "new": tasks.new[key], "dtype": str(value.dtype), "shape": list(value.shape)}
@@ -202,6 +202,11 @@ def _entry(task: Task, path: str, tasks: Tasks) -> dict[str, Any]:
         "writes": list(task.writes),
         "perturbed": task.perturbed,
     }
+
+
+def _targets(tasks: Tasks, classes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = _described({k: v for k, v in tasks.inputs.items() if k.startswith("target:")}.items())
+    return [found[0] | dict(classes), *found[1:]] if found else found
 
 
 def _described(kinds: Iterable[tuple[str, Described]]) -> list[dict[str, Any]]:

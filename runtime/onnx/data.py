@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ...passes.errors import DataError
-from .folder import Array, Folder, Form
+from .folder import Array, Folder, Form, loaded
 from .session import Device, Model, Value
 
 IGNORED = -100
@@ -49,8 +49,7 @@ def read_splits(path: str | Path, folder: Folder) -> tuple[Split, Split | None]:
         DataError: the file cannot be read, lacks an array, has one that is not wanted, or one of another form.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            found = {name: archive[name] for name in archive.files}
+        found = loaded(path)
     except Exception as error:  # whatever a damaged file makes NumPy or zipfile raise
         raise DataError(f"{path} cannot be read as an .npz file: {error}") from error
     names = {**_names("x", folder.inputs), **_names("y", folder.targets)}
@@ -84,10 +83,11 @@ def _split(path: str | Path, found: dict[str, Array], names: dict[str, Form], su
         if reason := form.misfit(value):
             raise DataError(f"{path}: {name + suffix} {reason}.")
         arrays[form.key] = value
-    lengths = {key: len(value) for key, value in arrays.items()}
-    if not folder.whole and len(set(lengths.values())) > 1:
-        raise DataError(f"{path}: {suffix or 'training'} arrays have {sorted(set(lengths.values()))} samples.")
-    if not folder.whole and not min(lengths.values()):
+    lengths = [len(value) for value in arrays.values()]
+    if not folder.whole and len(set(lengths)) > 1:
+        called, counts = (" and ".join(map(str, each)) for each in ([name + suffix for name in names], lengths))
+        raise DataError(f"{path}: {called} have {counts} samples.")
+    if not folder.whole and not min(lengths):
         raise DataError(f"{path} holds no sample.")
     return Split(arrays, folder.whole)
 

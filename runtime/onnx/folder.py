@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.npyio import NpzFile
 
 from ...passes.errors import FolderError
 
@@ -24,11 +25,16 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Form:
-    """What a key holds: a dtype's NumPy name and a shape, in which ``"N"`` is the batch size."""
+    """What a key holds: a dtype's NumPy name and a shape, in which ``"N"`` is the batch size.
+
+    Of class numbers also how many classes there are, and which other numbers the loss takes (``ignore_index``).
+    """
 
     key: str
     dtype: str
     shape: tuple[int | str, ...]
+    classes: int | None = None
+    ignored: tuple[int, ...] = ()
 
     def misfit(self, value: Array) -> str:
         """Why a value is not of this form; empty if it is."""
@@ -38,7 +44,12 @@ class Form:
         fits = len(value.shape) == len(self.shape) and all(
             isinstance(size, str) or size == found for size, found in zip(self.shape, value.shape, strict=True)
         )
-        return "" if fits else f"has shape {'×'.join(map(str, value.shape)) or '()'}, and {wanted} is wanted"
+        if not fits:
+            return f"has shape {'×'.join(map(str, value.shape)) or '()'}, and {wanted} is wanted"
+        if self.classes is None:
+            return ""
+        foreign = value[((value < 0) | (value >= self.classes)) & ~np.isin(value, self.ignored)]
+        return f"holds class {foreign[0]}, and classes are 0 to {self.classes - 1}" if foreign.size else ""
 
 
 @dataclass(frozen=True)
@@ -184,7 +195,9 @@ def _check_tasks(folder: Folder) -> None:
 
 def _form(entry: dict[str, Any]) -> Form:
     shape = tuple(size if isinstance(size, str) else int(size) for size in entry["shape"])
-    return Form(str(entry["key"]), str(entry["dtype"]), shape)
+    classes = entry.get("classes")
+    ignored = tuple(map(int, entry.get("ignored", ())))
+    return Form(str(entry["key"]), str(entry["dtype"]), shape, None if classes is None else int(classes), ignored)
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -199,18 +212,31 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def read_arrays(path: Path, forms: tuple[Form, ...] | None = None) -> dict[str, Array]:
-    """The arrays of an ``.npz`` file, without pickles; with `forms` all of those and of these forms.
+def loaded(path: str | Path, keys: Sequence[str] | None = None) -> dict[str, Array]:
+    """The arrays of an ``.npz`` file, of `keys` those that are there; pickles are never read.
+
+    Raises whatever a damaged file makes NumPy or zipfile raise.
+    """
+    with open(path, "rb") as file:  # closed also where NumPy finds no archive in it
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, NpzFile):
+            raise ValueError("it holds one array, and no names")
+        return {key: archive[key] for key in (archive.files if keys is None else keys) if key in archive.files}
+
+
+def read_arrays(path: Path, forms: Sequence[Form]) -> dict[str, Array]:
+    """All arrays of these forms in an ``.npz`` file.
 
     Raises:
         FolderError: the file cannot be read, lacks one of them, or has one of another form.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            found = {key: archive[key] for key in (archive.files if forms is None else [form.key for form in forms])}
-    except Exception as error:  # whatever a damaged file makes NumPy or zipfile raise
+        found = loaded(path, [form.key for form in forms])
+    except Exception as error:
         raise FolderError(f"{path} cannot be read: {error}") from error
-    for form in forms or ():
+    for form in forms:
+        if form.key not in found:
+            raise FolderError(f"{path} lacks {form.key}.")
         if reason := form.misfit(found[form.key]):
             raise FolderError(f"{path}: {form.key} {reason}.")
     return found

@@ -17,7 +17,7 @@ from ...passes.errors import CheckpointError, NonFiniteLossError, OptionError
 from ..training.stop_request import StopRequest
 from .data import Judge, Score, Split
 from .files import replacing
-from .folder import Folder, read_arrays
+from .folder import Folder, loaded, read_arrays
 from .fused import FusedSteps, StepInput
 from .pipeline import TaskSteps
 from .session import Device, Value
@@ -227,9 +227,8 @@ class Trainer:
             CheckpointError: the file is damaged, of another model, or of a run with other settings.
         """
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                progress = json.loads(str(archive["progress"]))
-                arrays = {form.key: archive[form.key] for form in self.folder.state if form.key in archive}
+            arrays = loaded(path)
+            progress = json.loads(str(arrays.pop("progress")))
             records = [Record(**record) for record in progress["records"]]
             settings, step, done = dict(progress["settings"]), int(progress["step"]), int(progress["done"])
             loss_sum, samples = float(progress["loss_sum"]), progress["samples"]
