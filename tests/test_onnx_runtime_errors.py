@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -401,7 +402,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(
 
 def test_without_onnx_no_model_is_written(data: Path, capfd: pytest.CaptureFixture[str],
                                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
     message = failing(capfd, exported(CASE).path, data, "-o", data.parent / "out.onnx")
     assert "needs the package onnx: pip install 'onward[onnx]'" in message
 

@@ -74,12 +74,15 @@ def export_(
         raise unknown_name("format", format, FORMATS)
     try:
         from ..runtime.export.save import export
+        from ..runtime.onnx.files import check_writable
         from ..runtime.onnx.folder import FORMAT
     except ModuleNotFoundError as error:
         if error.name not in ("onnx", "onnxruntime"):
             raise
         raise OptionError(f"exporting needs {error.name}: pip install 'onward[onnx]'") from error
     check_folder(output, replace=force, format=FORMAT)
+    if data_file is not None:
+        check_writable(data_file)
     recipe = recipe_for(model)
     given: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "optimizer": optimizer}
     training = replace(recipe.training, **{name: value for name, value in given.items() if value is not None})

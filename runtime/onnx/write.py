@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 from ...passes.errors import FolderError, OptionError
@@ -13,8 +12,10 @@ from .session import Value
 
 def check_onnx() -> None:
     """Raise OptionError if the package onnx, which `write_trained` needs, is not installed."""
-    if importlib.util.find_spec("onnx") is None:
-        raise OptionError("writing a model needs the package onnx: pip install 'onward[onnx]'")
+    try:
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise OptionError("writing a model needs the package onnx: pip install 'onward[onnx]'") from error
 
 
 def write_trained(folder: Folder, state: dict[str, Value], path: Path) -> None:
