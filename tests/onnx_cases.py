@@ -41,7 +41,7 @@ class Case:
     model: Callable[[], nn.Module]
     estimator: Any
     samples: Callable[[], tuple[Any, Tensor]]
-    optimizer: functools.partial[torch.optim.Optimizer] = SGD
+    optimizer: functools.partial[Any] = SGD
     unbatched: bool = False
 
     @property
@@ -51,7 +51,8 @@ class Case:
 
     def optimizer_of(self, model: nn.Module) -> torch.optim.Optimizer:
         """A new optimizer over a model's trainable parameters."""
-        return self.optimizer([p for p in model.parameters() if p.requires_grad])
+        made: torch.optim.Optimizer = self.optimizer([p for p in model.parameters() if p.requires_grad])
+        return made
 
 
 def _digits() -> tuple[Tensor, Tensor]:

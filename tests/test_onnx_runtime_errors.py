@@ -101,6 +101,7 @@ def test_every_entry_is_needed(folder: Path) -> None:
         elif key not in ("format", "version"):
             read_folder(folder)
     for key in needed:
+        wrong: Any
         for wrong in (None, 3, "text", [1], ["a"], [{}], {}, {"a": 1}, [None], 1e400):
             (folder / "manifest.json").write_text(json.dumps({**whole, key: wrong}))
             try:

@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 from ..api import compile as compile_program
 from ..compiler.columns import quantity
+from ..compiler.files import check_writable, replacing
 from ..compiler.save import check_folder
 from ..models import Dataset
 from ..passes.errors import OptionError, unknown_name
@@ -74,7 +75,6 @@ def export_(
         raise unknown_name("format", format, FORMATS)
     try:
         from ..runtime.export.save import export
-        from ..runtime.onnx.files import check_writable
         from ..runtime.onnx.folder import FORMAT
     except ModuleNotFoundError as error:
         if error.name not in ("onnx", "onnxruntime"):
@@ -119,7 +119,5 @@ def _write(dataset: Dataset, path: Path) -> None:
     for split, suffix in ((dataset.train, ""), (dataset.test, "_test")):
         x, y = (tensor.cpu().numpy() for tensor in split.tensors)
         arrays |= {f"x{suffix}": x, f"y{suffix}": y}
-    from ..runtime.onnx.files import replacing
-
     with replacing(path) as file:
         np.savez_compressed(file, **arrays)

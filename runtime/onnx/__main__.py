@@ -9,9 +9,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...compiler.files import check_writable
 from ...passes.errors import OnwardError, OptionError
 from .data import read_splits
-from .files import check_writable
 from .folder import Folder, read_folder
 from .session import Device
 from .trainer import EXECUTORS, SCHEDULES, Record, Settings, Trainer

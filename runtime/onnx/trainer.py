@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from ...compiler.files import replacing
 from ...passes.errors import CheckpointError, NonFiniteLossError, OptionError
 from ..training.stop_request import StopRequest
 from .data import Judge, Score, Split
-from .files import replacing
 from .folder import Folder, loaded, read_arrays
 from .fused import FusedSteps, StepInput
 from .pipeline import TaskSteps

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...compiler.files import replacing
 from ...passes.errors import FolderError, OptionError
-from .files import replacing
 from .folder import Folder
 from .session import Value
 
