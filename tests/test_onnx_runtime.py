@@ -583,6 +583,22 @@ def test_the_trained_model_is_a_model_of_its_own(case: str, tmp_path: Path) -> N
     np.testing.assert_allclose(found.reshape(expected.shape), expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
+def test_a_trained_model_may_be_larger_than_protobuf_takes(tmp_path: Path) -> None:
+    """Its tensors are then beside it; the limit is lowered here."""
+    trainer, x = trainer_of("auto"), split_of("auto").arrays["input:0"]
+    write_trained(trainer.folder, trainer.state, tmp_path / "small.onnx")
+    for _ in range(2):
+        write_trained(trainer.folder, trainer.state, tmp_path / "large.onnx", limit=3000)
+    names = ["large.onnx", "large.onnx.data", "small.onnx"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    onnx.checker.check_model(str(tmp_path / "large.onnx"))
+    found = [
+        ort.InferenceSession(str(tmp_path / name), providers=["CPUExecutionProvider"]).run(None, {"input:0": x})[0]
+        for name in ("small.onnx", "large.onnx")
+    ]
+    assert found[0].tobytes() == found[1].tobytes()
+
+
 def test_the_manifest_says_what_the_trainer_needs() -> None:
     """Every key of the tasks is an input or output of its model, and state and files are all there."""
     folder = exported("auto")

@@ -37,6 +37,7 @@ from ...compiler.to_onnx.builder import IR_VERSION, OPSET
 from ...compiler.to_onnx.trace import Described, Like
 from ...passes.errors import ExportError
 from ..onnx.folder import FORMAT, VERSION
+from ..onnx.write import LIMIT, beyond
 from ..program import Program
 from ..versions import versions
 from .inference import class_numbers, inference_model, loss_model
@@ -44,9 +45,6 @@ from .step import BATCH, extents, fused, single
 from .task import Task, Tasks
 from .tasks import make_tasks
 from .updates import described, state_of
-
-LIMIT = 2**31 - 2**20
-"""Bytes beyond which a model's tensors go into a file beside it: protobuf's limit, less what else is in a model."""
 
 FOLDERS = {
     "F": "stages", "E": "stages", "N": "noise", "P": "runs", "L": "learning", "W": "learning", "T": "learning",
@@ -171,7 +169,7 @@ def write_model(model: onnx.ModelProto, path: Path, limit: int = LIMIT) -> None:
         ExportError: the checker or shape inference finds it wrong, which is a bug of ours.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    large = model.ByteSize() > limit
+    large = beyond(model, limit)
     if large:
         onnx.save(model, str(path), save_as_external_data=True, location=f"{path.name}.data")
     else:
