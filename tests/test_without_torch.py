@@ -79,6 +79,12 @@ def test_without_onnxruntime_it_says_what_is_missing(packages: Path) -> None:
     )
 
 
+def test_an_onnxruntime_that_reads_files_from_outside_is_refused(packages: Path) -> None:
+    (packages / "onnxruntime.py").write_text("__version__ = '1.23.2'")
+    done = run(packages, (), "-m", "onward.runtime.onnx", "--help", code=1)
+    assert done.stderr.splitlines()[-1].startswith("ImportError: onnxruntime 1.23.2 reads files outside")
+
+
 # --- the package --------------------------------------------------------------------------------------------------
 
 

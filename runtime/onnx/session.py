@@ -19,6 +19,11 @@ except ModuleNotFoundError as error:
         "training an exported folder needs onnxruntime, which is not installed: pip install 'onward[onnx]'",
         name=error.name,
     ) from error
+if tuple(map(int, ort.__version__.split(".")[:2])) < (1, 24):
+    raise ImportError(
+        f"onnxruntime {ort.__version__} reads files outside of a model's folder, if the model says so: "
+        "pip install --upgrade 'onnxruntime>=1.24'"
+    )
 
 Value = Any
 """An ``onnxruntime.OrtValue``."""
