@@ -143,7 +143,8 @@ class Model:
             self.session.run_with_iobinding(binding)
         except Exception as error:  # as above
             raise FolderError(f"{self.path} failed: {_first_line(error)}") from error
-        return dict(zip(names, binding.get_outputs(), strict=True))
+        found = binding.get_outputs_as_ortvaluevector()  # get_outputs, before 1.32, gives what dies with the binding
+        return {name: ort.OrtValue(found[place]) for place, name in enumerate(names)}
 
 
 def number(value: Value) -> Any:
