@@ -432,7 +432,7 @@ def test_a_model_that_fails_leaves_a_usable_trainer(given: dict[str, Any], monke
         with pytest.raises(FolderError, match="it failed"):
             trainer.fit(split)
     assert not workers_alive()  # while the error is being looked at
-    assert trainer.step == 2 if given.get("workers", 1) == 1 else trainer.step <= 2
+    assert trainer.step == 2 if not given else trainer.step <= 2  # with tasks, a step before may be in progress too
     assert trainer.fit(split)
     whole = trainer_of("auto", **given)
     whole.fit(split)

@@ -9,6 +9,7 @@ import pickle
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,9 @@ from onnx import TensorProto, helper
 from onnx_cases import CPU, change, copied, data_file, exported, settings_of, split_of, trainer_of
 
 from onward.passes.errors import DataError, FolderError, OptionError
-from onward.runtime.onnx import Settings, Trainer, read_folder
+from onward.runtime.onnx import Device, Settings, Trainer, read_folder, read_splits
 from onward.runtime.onnx.__main__ import main
-from onward.runtime.onnx.data import read_splits
-from onward.runtime.onnx.session import Device
+from onward.runtime.onnx.folder import Form
 
 CASE = "layerwise"
 
@@ -316,6 +316,19 @@ X, Y = split_of(CASE).arrays["input:0"], split_of(CASE).arrays["target:0"]
 def test_data_that_do_not_fit(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         read_splits(data_file(CASE, tmp_path / "data.npz", **changed), exported(CASE))
+
+
+def test_several_inputs_and_targets_are_numbered(tmp_path: Path) -> None:
+    forms = [Form("input:0", "float32", ("N", 6)), Form("input:1", "int64", ("N",)), Form("target:0", "int64", ("N",))]
+    folder = replace(exported(CASE), inputs=tuple(forms[:2]), targets=(forms[2], Form("target:1", "float32", ("N",))))
+    z = Y.astype(np.float32)
+    path = data_file(CASE, tmp_path / "data.npz", x=None, y=None, x0=X, x1=Y, y0=Y, y1=z)
+    train, test = read_splits(path, folder)
+    assert test is None
+    assert [len(batch["input:1"]) for batch in train.batches(60)] == [60, 40]
+    assert train.arrays["target:1"].tobytes() == z.tobytes()
+    with pytest.raises(DataError, match="holds 'x'; layerwise takes x0, x1, y0, y1, and x0_test, x1_test"):
+        read_splits(data_file(CASE, tmp_path / "data.npz", x0=X), folder)
 
 
 @pytest.mark.parametrize("wrong", [3, 99, -1, -99])
