@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,7 @@ import onward
 from onward.cli.training import Training, make_scheduler
 from onward.models import load
 from onward.passes.errors import CheckpointError, FolderError, NonFiniteLossError, OutputError
+from onward.runtime.export.save import task_files
 from onward.runtime.onnx import Trainer
 from onward.runtime.onnx import pipeline as pipeline_module
 from onward.runtime.onnx.data import Judge, Split, _right
@@ -597,6 +599,31 @@ def test_a_trained_model_may_be_larger_than_protobuf_takes(tmp_path: Path) -> No
         for name in ("small.onnx", "large.onnx")
     ]
     assert found[0].tobytes() == found[1].tobytes()
+
+
+def test_every_file_system_tells_the_tasks_apart() -> None:
+    """Names of parameters may be any, and differ only in case, or in what is no letter."""
+    long = "U:" + "x" * 300
+    names = [
+        "F0",
+        "U:w",
+        "U:W",
+        "U:é",
+        "U:ü",
+        "U:_",
+        "U:a/../b",
+        "U:aux.weight",
+        "U:con",
+        long,
+        long + "y",
+        "W:w:0",
+        "C",
+    ]
+    paths = task_files(names)
+    assert len({path.lower() for path in paths}) == len(names)
+    assert all(re.fullmatch(r"[a-z]+/[A-Za-z0-9._-]{1,110}\.onnx", path) for path in paths)
+    assert all(Path(path).stem.split(".")[0].lower() not in ("aux", "con") for path in paths)
+    assert paths[:2] == ["stages/F0.onnx", "updates/w.onnx"]
 
 
 def test_the_manifest_says_what_the_trainer_needs() -> None:

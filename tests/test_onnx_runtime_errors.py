@@ -391,6 +391,10 @@ def test_options_of_the_command_line(data: Path, tmp_path: Path, capfd: pytest.C
     path = exported(CASE).path
     assert "--resume needs --checkpoint" in failing(capfd, path, data, "--resume")
     assert "--checkpoint-every needs --checkpoint" in failing(capfd, path, data, "--checkpoint-every", "3")
+    assert "have to be several files" in failing(capfd, path, data, "-o", data)
+    assert "have to be several files" in failing(
+        capfd, path, data, "-o", tmp_path / "a", "--checkpoint", tmp_path / "a"
+    )
     assert "workers=2: tasks run" in failing(capfd, path, data, "--workers", "2")
     assert "lr=-1.0" in failing(capfd, path, data, "--lr", "-1")
     assert "cannot be read" in failing(capfd, path, tmp_path / "nothing.npz")

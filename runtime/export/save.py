@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,6 +51,9 @@ FOLDERS = {
     "G": "gradients", "U": "updates", "C": "updates",
 }  # fmt: skip
 """By the first letter of a task's name."""
+
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+"""What Windows takes for a device, whatever stands behind the dot."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,7 @@ def export(
             "loss.onnx": loss_model(recorder, f"{about}: the loss of every sample"),
         }
         entries = []
-        for task in tasks.tasks:
-            path = f"{FOLDERS[task.name[0]]}/{_file_name(task.name)}.onnx"
+        for task, path in zip(tasks.tasks, task_files([task.name for task in tasks.tasks]), strict=True):
             models[path] = single(task, tasks, f"{about}: {task.name}")
             entries.append(_entry(task, path, tasks))
         for path, made in models.items():
@@ -186,9 +188,18 @@ def _array(key: str, value: Tensor) -> Any:
     return value.detach().cpu().contiguous().numpy()
 
 
-def _file_name(task: str) -> str:
-    """A task's name as a file's: what no file system takes is replaced."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", task.removeprefix("U:").removeprefix("W:"))
+def task_files(tasks: Sequence[str]) -> list[str]:
+    """The tasks' names as names of files, which every file system takes and tells apart."""
+    taken: set[str] = set()
+    paths = []
+    for task in tasks:
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", task.removeprefix("U:").removeprefix("W:"))[:100]
+        path = f"{FOLDERS[task[0]]}/{'_' if RESERVED.match(name) else ''}{name}"
+        while path.lower() in taken:
+            path += "_"
+        taken.add(path.lower())
+        paths.append(f"{path}.onnx")
+    return paths
 
 
 def _entry(task: Task, path: str, tasks: Tasks) -> dict[str, Any]:

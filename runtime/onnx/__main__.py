@@ -98,6 +98,9 @@ def _train(folder: Folder, given: argparse.Namespace) -> int:
         raise OptionError("--resume needs --checkpoint FILE.")
     if given.checkpoint_every and given.checkpoint is None:
         raise OptionError("--checkpoint-every needs --checkpoint FILE.")
+    written = [path.resolve() for path in (given.output, given.checkpoint) if path is not None]
+    if len({given.data.resolve(), *written}) <= len(written):
+        raise OptionError("--data, --output and --checkpoint have to be several files.")
     saved = folder.training
     settings = Settings(
         epochs=given.epochs if given.epochs is not None else saved.get("epochs", 1),
