@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from ..passes.errors import OutputError
 
@@ -52,9 +53,46 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the place of `path` at the end, its folder made if missing; or is gone if anything
+    went wrong.
+
+    Raises:
+        OutputError: it cannot be written. What was there stays.
+    """
+    target = Path(os.path.abspath(path))
+    if target.exists() and not target.is_file():
+        raise OutputError(f"cannot write {path}: it is {'a folder' if target.is_dir() else 'no ordinary file'}.")
+    temporary: str | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".tmp-{target.name}-", dir=target.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, target)
+        temporary = None
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error}") from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+class _OnlyTryingError(Exception):
+    """Nothing is to be written."""
+
+
 def check_writable(path: Path) -> None:
-    """Raise `OutputError` if `write_whole` could not write `path`: before the work, not after it."""
-    _replace(path, None)
+    """Raise `OutputError` if `replacing` could not write `path`: before the work, not after it."""
+    with contextlib.suppress(_OnlyTryingError), replacing(path):
+        raise _OnlyTryingError
 
 
 def write_whole(path: Path, content: str) -> None:
@@ -63,30 +101,5 @@ def write_whole(path: Path, content: str) -> None:
     Raises:
         OutputError: it cannot be written. What was there stays.
     """
-    _replace(path, content)
-
-
-def _replace(path: Path, content: str | None) -> None:
-    target = Path(os.path.abspath(path))
-    if target.is_dir():
-        raise OutputError(f"cannot write {path}: it is a folder.")
-    temporary: str | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".tmp-{target.name}-", dir=target.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(content or "")
-            file.flush()
-            os.fsync(file.fileno())
-        if content is not None:
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
-            os.replace(temporary, target)
-            temporary = None
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error}") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+    with replacing(path) as file:
+        file.write(content.encode())

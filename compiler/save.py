@@ -88,11 +88,11 @@ def check_folder(folder: Path, *, replace: bool, format: str = FORMAT) -> None:
         raise OutputError(f"cannot write {folder}: {error}") from error
     if not replace:
         raise OutputError(
-            f"{folder} is not empty. Choose another folder, or replace what was compiled there (--force)."
+            f"{folder} is not empty. Choose another folder, or replace what the same command wrote there (--force)."
         )
     if not _is_program(folder, format):
         raise OutputError(
-            f"{folder} holds something else than a compiled program, so it is not replaced. Choose another."
+            f"{folder} holds something else than what this command writes, so it is not replaced. Choose another."
         )
 
 

@@ -1,6 +1,7 @@
 """The wheel holds every source file where ``import onward`` looks for it, and works away from the repository."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,17 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert "onward/py.typed" in expected
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_only_numpy_is_always_installed(wheel: Path) -> None:
+    """What else is needed, an extra brings."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = archive.read(name).decode().splitlines()
+    needed = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
+    assert [re.match("[a-z-]+", one)[0] for one in needed if "extra ==" not in one] == ["numpy"]
+    for extra, package in (("torch", "torch"), ("onnx", "onnxruntime"), ("gpu", "onnxruntime-gpu")):
+        assert [one for one in needed if re.match(f"{package}[<>]", one) and f'extra == "{extra}"' in one], extra
 
 
 def test_installed_wheel_works_away_from_the_repository(wheel: Path, tmp_path: Path) -> None:

@@ -12,11 +12,10 @@ from typer import Argument, Option
 
 from ..api import compile as compile_program
 from ..compiler.columns import quantity
+from ..compiler.files import check_writable, replacing
 from ..compiler.save import check_folder
 from ..models import Dataset
 from ..passes.errors import OptionError, unknown_name
-from ..runtime.onnx.files import replacing
-from ..runtime.onnx.folder import FORMAT
 from .common import check_loss, fitting, set_up
 from .options import MODEL_HELP, Common, with_common
 from .recipes import recipe_for
@@ -76,11 +75,14 @@ def export_(
         raise unknown_name("format", format, FORMATS)
     try:
         from ..runtime.export.save import export
+        from ..runtime.onnx.folder import FORMAT
     except ModuleNotFoundError as error:
         if error.name not in ("onnx", "onnxruntime"):
             raise
         raise OptionError(f"exporting needs {error.name}: pip install 'onward[onnx]'") from error
     check_folder(output, replace=force, format=FORMAT)
+    if data_file is not None:
+        check_writable(data_file)
     recipe = recipe_for(model)
     given: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "optimizer": optimizer}
     training = replace(recipe.training, **{name: value for name, value in given.items() if value is not None})

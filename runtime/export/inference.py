@@ -9,7 +9,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, fx, nn
 
-from ...compiler.capture import CapturedModel, capture
+from ...compiler.capture import CapturedModel, as_call, capture
 from ...compiler.program import input_keys
 from ...compiler.to_onnx.builder import Builder
 from ...compiler.to_onnx.emit import Emission, emit
@@ -17,6 +17,7 @@ from ...compiler.to_onnx.trace import Like, described
 from ...compiler.whole import capture_whole
 from ...passes.errors import ExportError
 from ...passes.graph import outputs, placeholders
+from ..program import Program
 from ..training.evaluation import evaluating
 from .recorder import Recorder
 from .step import extents, held
@@ -57,6 +58,37 @@ def inference_model(r: Recorder, model: nn.Module, example: Any, about: str) -> 
         numpy_helper.from_array(value.detach().cpu().numpy(), key) for key, value in defaults.items()
     )
     return made
+
+
+def class_numbers(program: Program, batch: Any, target: Any) -> dict[str, Any]:
+    """Of a target of class numbers how many ``classes`` there are, and which of torch's usual numbers beside them the
+    loss takes for ``ignored``; empty of other targets. The loss is asked: ONNX would take class -1 for the last one.
+    """
+    if not isinstance(target, Tensor) or target.is_floating_point():
+        return {}
+    args, kwargs = as_call(batch)
+    with evaluating(program.model), torch.no_grad(), torch.random.fork_rng():
+        held = {name: buffer.clone() for name, buffer in program.model.named_buffers()}
+        output = torch.func.functional_call(program.model, held, args, kwargs)
+        if not isinstance(output, Tensor):
+            return {}
+        dims = [dim for dim in (1, output.dim() - 1) if dim > 0 and _without(output, dim) == target.shape]
+
+        def takes(number: int) -> bool:
+            try:
+                program.per_sample_loss(output, torch.full_like(target, number))
+            except (IndexError, RuntimeError):
+                return False
+            return True
+
+        classes = output.shape[dims[0]] if dims else 0
+        if not dims or takes(classes) or not takes(classes - 1):
+            return {}
+        return {"classes": classes, "ignored": [number for number in (-100, -1) if takes(number)]}
+
+
+def _without(x: Tensor, dim: int) -> torch.Size:
+    return torch.Size(size for place, size in enumerate(x.shape) if place != dim)
 
 
 def _whole(r: Recorder, kind: Like) -> Like:

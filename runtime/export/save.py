@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,22 +37,23 @@ from ...compiler.to_onnx.builder import IR_VERSION, OPSET
 from ...compiler.to_onnx.trace import Described, Like
 from ...passes.errors import ExportError
 from ..onnx.folder import FORMAT, VERSION
+from ..onnx.write import LIMIT, beyond
 from ..program import Program
 from ..versions import versions
-from .inference import inference_model, loss_model
+from .inference import class_numbers, inference_model, loss_model
 from .step import BATCH, extents, fused, single
 from .task import Task, Tasks
 from .tasks import make_tasks
 from .updates import described, state_of
-
-LIMIT = 2**31 - 2**20
-"""Bytes beyond which a model's tensors go into a file beside it: protobuf's limit, less what else is in a model."""
 
 FOLDERS = {
     "F": "stages", "E": "stages", "N": "noise", "P": "runs", "L": "learning", "W": "learning", "T": "learning",
     "G": "gradients", "U": "updates", "C": "updates",
 }  # fmt: skip
 """By the first letter of a task's name."""
+
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+"""What Windows takes for a device, whatever stands behind the dot."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,7 @@ def export(
             "loss.onnx": loss_model(recorder, f"{about}: the loss of every sample"),
         }
         entries = []
-        for task in tasks.tasks:
-            path = f"{FOLDERS[task.name[0]]}/{_file_name(task.name)}.onnx"
+        for task, path in zip(tasks.tasks, task_files([task.name for task in tasks.tasks]), strict=True):
             models[path] = single(task, tasks, f"{about}: {task.name}")
             entries.append(_entry(task, path, tasks))
         for path, made in models.items():
@@ -125,7 +125,7 @@ def export(
             "batch": BATCH,
             "whole": recorder.whole,
             "inputs": _described({k: v for k, v in tasks.inputs.items() if k.startswith("input:")}.items()),
-            "targets": _described({k: v for k, v in tasks.inputs.items() if k.startswith("target:")}.items()),
+            "targets": _targets(tasks, class_numbers(program, batch, target)),
             "outputs": [output.name for output in models["inference.onnx"].graph.output],
             "state": [
                 {"key": key, "new": tasks.new[key], "dtype": str(value.dtype), "shape": list(value.shape)}
@@ -171,7 +171,7 @@ def write_model(model: onnx.ModelProto, path: Path, limit: int = LIMIT) -> None:
         ExportError: the checker or shape inference finds it wrong, which is a bug of ours.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    large = model.ByteSize() > limit
+    large = beyond(model, limit)
     if large:
         onnx.save(model, str(path), save_as_external_data=True, location=f"{path.name}.data")
     else:
@@ -188,9 +188,18 @@ def _array(key: str, value: Tensor) -> Any:
     return value.detach().cpu().contiguous().numpy()
 
 
-def _file_name(task: str) -> str:
-    """A task's name as a file's: what no file system takes is replaced."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", task.removeprefix("U:").removeprefix("W:"))
+def task_files(tasks: Sequence[str]) -> list[str]:
+    """The tasks' names as names of files, which every file system takes and tells apart."""
+    taken: set[str] = set()
+    paths = []
+    for task in tasks:
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", task.removeprefix("U:").removeprefix("W:"))[:100]
+        path = f"{FOLDERS[task[0]]}/{'_' if RESERVED.match(name) else ''}{name}"
+        while path.lower() in taken:
+            path += "_"
+        taken.add(path.lower())
+        paths.append(f"{path}.onnx")
+    return paths
 
 
 def _entry(task: Task, path: str, tasks: Tasks) -> dict[str, Any]:
@@ -202,6 +211,11 @@ def _entry(task: Task, path: str, tasks: Tasks) -> dict[str, Any]:
         "writes": list(task.writes),
         "perturbed": task.perturbed,
     }
+
+
+def _targets(tasks: Tasks, classes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = _described({k: v for k, v in tasks.inputs.items() if k.startswith("target:")}.items())
+    return [found[0] | dict(classes), *found[1:]] if found else found
 
 
 def _described(kinds: Iterable[tuple[str, Described]]) -> list[dict[str, Any]]:

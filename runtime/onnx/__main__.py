@@ -9,12 +9,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...compiler.files import check_writable
 from ...passes.errors import OnwardError, OptionError
 from .data import read_splits
 from .folder import Folder, read_folder
 from .session import Device
 from .trainer import EXECUTORS, SCHEDULES, Record, Settings, Trainer
-from .write import write_trained
+from .write import check_onnx, write_trained
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,18 +41,22 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--executor", choices=EXECUTORS, default="fused", help="one model a step or a task (default: fused)"
     )
-    train.add_argument("--workers", type=int, default=1, help="threads that run tasks side by side (default: 1)")
-    train.add_argument("--threads", type=int, default=0, help="of one model; 0 for all cores (default)")
+    train.add_argument(
+        "--workers", type=int, default=1, help="with tasks, threads that run them side by side (default: 1)"
+    )
+    train.add_argument(
+        "--threads", type=int, default=0, help="of one model (default: all cores, or 1 with several workers)"
+    )
     train.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one"
     )
     info = commands.add_parser("info", help="say what an exported folder holds")
-    info.add_argument("folder", type=Path)
+    info.add_argument("folder", type=Path, help="what `onward export` has written")
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status. Errors that a user can meet are one line on standard error."""
+    """Run the command line; the exit status, 130 after Ctrl-C. Errors of a user's are one line on standard error."""
     given = parser().parse_args(arguments)
     try:
         folder = read_folder(given.folder)
@@ -62,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OnwardError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
 
 
 def about(folder: Folder) -> str:
@@ -88,18 +96,28 @@ def _count(shape: tuple[int | str, ...]) -> int:
 def _train(folder: Folder, given: argparse.Namespace) -> int:
     if given.resume and given.checkpoint is None:
         raise OptionError("--resume needs --checkpoint FILE.")
+    if given.checkpoint_every and given.checkpoint is None:
+        raise OptionError("--checkpoint-every needs --checkpoint FILE.")
+    written = [path.resolve() for path in (given.output, given.checkpoint) if path is not None]
+    if len({given.data.resolve(), *written}) <= len(written):
+        raise OptionError("--data, --output and --checkpoint have to be several files.")
     saved = folder.training
     settings = Settings(
-        epochs=given.epochs if given.epochs is not None else int(saved.get("epochs", 1)),
-        batch_size=given.batch_size if given.batch_size is not None else int(saved.get("batch_size", 32)),
+        epochs=given.epochs if given.epochs is not None else saved.get("epochs", 1),
+        batch_size=given.batch_size if given.batch_size is not None else saved.get("batch_size", 32),
         lr=given.lr if given.lr is not None else folder.optimizer["lr"],
-        schedule=given.schedule or str(saved.get("schedule", "constant")),
+        schedule=given.schedule or saved.get("schedule", "constant"),
         seed=given.seed,
         executor=given.executor,
         workers=given.workers,
         threads=given.threads,
         checkpoint_every=given.checkpoint_every,
     )
+    if given.output is not None:
+        check_onnx()
+    for path in (given.output, given.checkpoint):
+        if path is not None:
+            check_writable(path)
     train, test = read_splits(given.data, folder)
     device = Device.find(given.device)
     trainer = Trainer(folder, settings, device)
@@ -109,15 +127,16 @@ def _train(folder: Folder, given: argparse.Namespace) -> int:
         trainer.load(given.checkpoint)
     samples = f"{train.samples} samples, {test.samples if test else 0} to test"
     print(f"{folder.model} on onnxruntime, {device.note()}; {samples}")
-    started = time.perf_counter()
+    started, before = time.perf_counter(), trainer.step
     finished = trainer.fit(train, test, checkpoint=given.checkpoint, report=_print)
     if given.output is not None:
         write_trained(folder, trainer.state, given.output)
         print(f"the trained model: {given.output}")
     if not finished:
-        print(f"stopped behind step {trainer.step}", file=sys.stderr)
+        hint = "" if given.checkpoint is None else "; --resume goes on"
+        print(f"stopped behind step {trainer.step}{hint}", file=sys.stderr)
         return 130
-    print(f"{trainer.step - folder.step} steps in {time.perf_counter() - started:.1f} s")
+    print(f"{trainer.step - before} steps in {time.perf_counter() - started:.1f} s")
     return 0
 
 

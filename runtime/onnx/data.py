@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ...passes.errors import DataError
-from .folder import Array, Folder, Form
+from .folder import Array, Folder, Form, loaded
 from .session import Device, Model, Value
 
 IGNORED = -100
@@ -49,8 +49,7 @@ def read_splits(path: str | Path, folder: Folder) -> tuple[Split, Split | None]:
         DataError: the file cannot be read, lacks an array, has one that is not wanted, or one of another form.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            found = {name: archive[name] for name in archive.files}
+        found = loaded(path)
     except Exception as error:  # whatever a damaged file makes NumPy or zipfile raise
         raise DataError(f"{path} cannot be read as an .npz file: {error}") from error
     names = {**_names("x", folder.inputs), **_names("y", folder.targets)}
@@ -84,17 +83,18 @@ def _split(path: str | Path, found: dict[str, Array], names: dict[str, Form], su
         if reason := form.misfit(value):
             raise DataError(f"{path}: {name + suffix} {reason}.")
         arrays[form.key] = value
-    lengths = {key: len(value) for key, value in arrays.items()}
-    if not folder.whole and len(set(lengths.values())) > 1:
-        raise DataError(f"{path}: {suffix or 'training'} arrays have {sorted(set(lengths.values()))} samples.")
-    if not folder.whole and not min(lengths.values()):
+    lengths = [len(value) for value in arrays.values()]
+    if not folder.whole and len(set(lengths)) > 1:
+        called, counts = (" and ".join(map(str, each)) for each in ([name + suffix for name in names], lengths))
+        raise DataError(f"{path}: {called} have {counts} samples.")
+    if not folder.whole and not min(lengths):
         raise DataError(f"{path} holds no sample.")
     return Split(arrays, folder.whole)
 
 
 @dataclass(frozen=True)
 class Score:
-    """Mean loss, and the share of right answers where targets are classes (else NaN)."""
+    """Mean loss of the samples, and of each the share of right answers, where targets are classes (else NaN)."""
 
     loss: float
     accuracy: float
@@ -107,31 +107,39 @@ class Judge:
         self.model = Model(folder.file("inference.onnx"), device, threads)
         self.loss = Model(folder.file("loss.onnx"), device, threads)
         self.device = device
+        self.model.check([*self.model.defaults, *(form.key for form in folder.inputs)], [])
+        targets = [form.key for form in folder.targets]
+        self.loss.check([*self.model.outputs, *targets], ["losses"])
 
     def __call__(self, state: dict[str, Value], split: Split, batch_size: int) -> Score:
         """The score of the state's weights."""
-        losses, right, counted, samples = 0.0, 0, 0, 0
+        losses, right, counted, samples = 0.0, 0.0, 0, 0
         for batch in split.batches(batch_size):
             values = {key: self.device.value(array) for key, array in batch.items()}
             outputs = self.model({**state, **values})
             found = self.loss({**outputs, **values})["losses"].numpy()
             losses += float(found.astype(np.float64).sum())
             samples += found.size
-            answers = _right(outputs["output:0"].numpy(), batch.get("target:0"))
-            if answers is not None:
-                right, counted = right + int(answers.sum()), counted + answers.size
+            shares = _right(outputs[self.model.outputs[0]].numpy(), batch.get("target:0"))
+            if shares is not None:
+                right, counted = right + float(shares.sum()), counted + shares.size
         return Score(losses / samples, right / counted if counted else math.nan)
 
 
 def _right(output: Array, target: Array | None) -> Array | None:
-    """Which answers are right, of those that count: class scores (N, C, …) or (N, …, C) against class numbers."""
+    """The share of right answers of each sample: class scores (N, C, …) or (N, …, C) against class numbers (N, …).
+
+    As `runtime.training.evaluation.accuracy`: answers to `IGNORED` do not count, nor samples without any other.
+    """
     if target is None or not np.issubdtype(target.dtype, np.integer) or output.ndim < 2:
         return None
     if output.ndim == target.ndim + 2 and output.shape[0] == 1:  # a whole graph's
         output = output[0]
     for axis in (1, output.ndim - 1):
         if tuple(size for place, size in enumerate(output.shape) if place != axis) == target.shape:
-            kept = target != IGNORED
-            found: Array = (output.argmax(axis) == target)[kept]
+            rows = (len(target), -1)
+            right = (output.argmax(axis) == target).reshape(rows).sum(1)
+            counted = (target != IGNORED).reshape(rows).sum(1)
+            found: Array = right[counted > 0] / counted[counted > 0]
             return found
     return None

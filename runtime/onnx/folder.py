@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import json
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.npyio import NpzFile
 
 from ...passes.errors import FolderError
 
 FORMAT = "onward-training"
 VERSION = 1
 
+COUNTERS = ("feedback:steps", "feedback:next_probe")
+"""What of the state says whether a step has perturbed runs, where not every step has."""
+
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a key holds: a dtype's NumPy name and a shape, in which ``"N"`` is the batch size."""
+    """What a key holds: a dtype's NumPy name and a shape, in which ``"N"`` is the batch size.
+
+    Of class numbers also how many classes there are, and which other numbers the loss takes (``ignore_index``).
+    """
 
     key: str
     dtype: str
     shape: tuple[int | str, ...]
+    classes: int | None = None
+    ignored: tuple[int, ...] = ()
 
     def misfit(self, value: Array) -> str:
         """Why a value is not of this form; empty if it is."""
@@ -36,7 +44,12 @@ class Form:
         fits = len(value.shape) == len(self.shape) and all(
             isinstance(size, str) or size == found for size, found in zip(self.shape, value.shape, strict=True)
         )
-        return "" if fits else f"has shape {'×'.join(map(str, value.shape)) or '()'}, and {wanted} is wanted"
+        if not fits:
+            return f"has shape {'×'.join(map(str, value.shape)) or '()'}, and {wanted} is wanted"
+        if self.classes is None:
+            return ""
+        foreign = value[((value < 0) | (value >= self.classes)) & ~np.isin(value, self.ignored)]
+        return f"holds class {foreign[0]}, and classes are 0 to {self.classes - 1}" if foreign.size else ""
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ def read_folder(path: str | Path) -> Folder:
         raise FolderError(f"{manifest} cannot be read: {error}. `onward export` writes such a folder.") from error
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FolderError(f"{manifest} is damaged: {error}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise FolderError(f"{manifest} is not the manifest of an exported training step ({FORMAT!r}).")
@@ -118,8 +131,10 @@ def read_folder(path: str | Path) -> Folder:
         )
     try:
         return _folder(folder, found)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FolderError(f"{manifest} is damaged: {type(error).__name__} at {error}") from error
+    except KeyError as error:
+        raise FolderError(f"{manifest} is damaged: it lacks {error}.") from error
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise FolderError(f"{manifest} is damaged: {error}") from error
 
 
 def _folder(folder: Path, found: dict[str, Any]) -> Folder:
@@ -142,59 +157,86 @@ def _folder(folder: Path, found: dict[str, Any]) -> Folder:
         tasks=tasks,
         seed=int(found["seed"]),
         step=int(found["step"]),
-        optimizer={**found["optimizer"], "lr": float(found["optimizer"]["lr"])},
+        optimizer={
+            **found["optimizer"], "name": str(found["optimizer"]["name"]), "lr": float(found["optimizer"]["lr"]),
+        },
         always=bool(found["probe"]["always"]),
         warmup=int(found["probe"]["warmup"]),
         whole=bool(found["whole"]),
-        training=dict(found["settings"].get("training", {})),
+        training=_training(found["settings"].get("training", {})),
         forwards=float(found["forwards"]),
-    )
+    )  # fmt: skip
     _check_tasks(made)
     return made
 
 
+def _training(found: dict[str, Any]) -> dict[str, Any]:
+    """Of the settings those that the trainer takes, as far as they are there."""
+    types = {"epochs": int, "batch_size": int, "schedule": str}
+    return {name: kind(found[name]) for name, kind in types.items() if name in found}
+
+
 def _check_tasks(folder: Folder) -> None:
-    """Raise FolderError unless every task can be run after those before it."""
+    """Raise FolderError unless every task can be run after those before it, and they make all that a step gives."""
     manifest = folder.path / "manifest.json"
     known = {form.key for form in (*folder.inputs, *folder.targets, *folder.state)}
     known |= {"runtime:key", "runtime:step", "runtime:lr"}
     for task in folder.tasks:
         missing = [key for key in task.reads if key not in known]
         if missing:
-            raise FolderError(
-                f"{folder.path / 'manifest.json'} is damaged: no task before {task.name} makes {missing[0]}."
-            )
+            raise FolderError(f"{manifest} is damaged: no task before {task.name} makes {missing[0]}.")
         known.update(task.writes)
-    absent = [key for key in folder.new.values() if key not in known]
+    absent = [key for key in (*folder.new.values(), "loss", "finite") if key not in known]
     if absent:
         raise FolderError(f"{manifest} is damaged: no task makes {absent[0]}.")
+    if not folder.always and not folder.new.keys() >= set(COUNTERS):
+        raise FolderError(f"{manifest} is damaged: its state lacks {' or '.join(COUNTERS)}.")
 
 
 def _form(entry: dict[str, Any]) -> Form:
     shape = tuple(size if isinstance(size, str) else int(size) for size in entry["shape"])
-    return Form(str(entry["key"]), str(entry["dtype"]), shape)
+    classes = entry.get("classes")
+    ignored = tuple(map(int, entry.get("ignored", ())))
+    return Form(str(entry["key"]), str(entry["dtype"]), shape, None if classes is None else int(classes), ignored)
 
 
 def inside(folder: Path, name: str) -> Path:
     """A file of a folder; FolderError for a name that leads out of it."""
     path = folder / name
-    if Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
-        raise FolderError(f"{folder / 'manifest.json'} names {name!r}, which is not in the folder.")
+    try:
+        leaves = Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise FolderError(f"{path} cannot be read: {error}") from error
+    if leaves:
+        raise FolderError(f"{folder} names {name!r}, which leads out of the folder.")
     return path
 
 
-def read_arrays(path: Path, forms: tuple[Form, ...] | None = None) -> dict[str, Array]:
-    """The arrays of an ``.npz`` file, without pickles; with `forms` all of those and of these forms.
+def loaded(path: str | Path, keys: Sequence[str] | None = None) -> dict[str, Array]:
+    """The arrays of an ``.npz`` file, of `keys` those that are there; pickles are never read.
+
+    Raises whatever a damaged file makes NumPy or zipfile raise.
+    """
+    with open(path, "rb") as file:  # closed also where NumPy finds no archive in it
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, NpzFile):
+            raise ValueError("it holds one array, and no names")
+        return {key: archive[key] for key in (archive.files if keys is None else keys) if key in archive.files}
+
+
+def read_arrays(path: Path, forms: Sequence[Form]) -> dict[str, Array]:
+    """All arrays of these forms in an ``.npz`` file.
 
     Raises:
         FolderError: the file cannot be read, lacks one of them, or has one of another form.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            found = {key: archive[key] for key in (archive.files if forms is None else [form.key for form in forms])}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        found = loaded(path, [form.key for form in forms])
+    except Exception as error:
         raise FolderError(f"{path} cannot be read: {error}") from error
-    for form in forms or ():
+    for form in forms:
+        if form.key not in found:
+            raise FolderError(f"{path} lacks {form.key}.")
         if reason := form.misfit(found[form.key]):
             raise FolderError(f"{path}: {form.key} {reason}.")
     return found

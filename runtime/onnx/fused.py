@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,8 +38,11 @@ class FusedSteps:
     def __init__(self, folder: Folder, device: Device, threads: int = 0) -> None:
         self.folder, self.device = folder, device
         self.model = Model(folder.file("training_step.onnx"), device, threads)
+        keys = [form.key for form in folder.state]
+        batch = [form.key for form in (*folder.inputs, *folder.targets)]
+        self.model.check([*keys, *batch, "seed", "step", "lr"], [*(f"new:{key}" for key in keys), "loss", "finite"])
 
-    def run(self, state: State, inputs: Iterable[StepInput], seed: int) -> Iterator[StepResult]:
+    def run(self, state: State, inputs: Iterable[StepInput], seed: int) -> Generator[StepResult, None, None]:
         """The result of each step, the first from `state`; ends behind one that is not finite."""
         for given in inputs:
             values = dict(state)
@@ -47,10 +50,10 @@ class FusedSteps:
             values["seed"] = self.device.value(np.array(seed, np.int64))
             values["step"] = self.device.value(np.array(given.number, np.int64))
             values["lr"] = self.device.value(np.array(given.lr, np.float32))
-            found = self.model({key: values[key] for key in self.model.inputs})
+            found = self.model(values)
             finite = bool(number(found["finite"]))
             if finite:
-                state = {key: found.get(f"new:{key}", value) for key, value in state.items()}
+                state = {key: found[f"new:{key}"] for key in state}
             yield StepResult(state, float(number(found["loss"])), finite)
             if not finite:
                 return

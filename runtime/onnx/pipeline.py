@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import heapq
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from .folder import Folder, TaskFile
+from ...passes.errors import FolderError
+from .folder import COUNTERS, Folder, TaskFile
 from .fused import State, StepInput, StepResult
 from .session import Device, Model, Value, number
 
 WINDOW = 2
 """Steps in progress at once."""
 
-COUNTERS = ("feedback:steps", "feedback:next_probe")
-"""What of the state says whether a step has perturbed runs."""
+ORDER = 10_000
+"""Tasks whose order of ends is kept."""
 
 
 @dataclass
@@ -49,7 +50,10 @@ class TaskSteps:
 
     def __init__(self, folder: Folder, device: Device, workers: int = 1, threads: int = 0) -> None:
         self.folder, self.device, self.workers = folder, device, workers
-        self.models = [Model(task.file, device, 1 if workers > 1 else threads) for task in folder.tasks]
+        own = threads or int(workers > 1)  # side by side, tasks share the cores
+        self.models = [Model(task.file, device, own, alone=False) for task in folder.tasks]
+        for model, task in zip(self.models, folder.tasks, strict=True):
+            model.check(task.reads, task.writes)
         self.locks = [threading.Lock() for _ in self.models]
         self.renewing: dict[str, list[str]] = {}
         for key, new in folder.new.items():
@@ -57,12 +61,12 @@ class TaskSteps:
         perturbed = [task for task in folder.tasks if task.perturbed]
         self.learned = {key for task in perturbed for key in task.writes if key in self.renewing}
         """Keys of what perturbed runs renew."""
-        self.order: list[tuple[int, str]] = []
-        """Tasks of the last run in the order of their ends: step and name."""
+        self.order: deque[tuple[int, str]] = deque(maxlen=ORDER)
+        """The last tasks of the last run in the order of their ends: step and name."""
 
-    def run(self, state: State, inputs: Iterable[StepInput], seed: int) -> Iterator[StepResult]:
+    def run(self, state: State, inputs: Iterable[StepInput], seed: int) -> Generator[StepResult, None, None]:
         """The result of each step, the first from `state`; ends behind one that is not finite."""
-        with ThreadPoolExecutor(self.workers) as pool:
+        with ThreadPoolExecutor(self.workers, "onward") as pool:
             yield from _Run(self, pool, seed).steps(state, inputs)
 
 
@@ -78,9 +82,9 @@ class _Run:
         self.running = 0
         self.error: BaseException | None = None
         self.by_place: dict[int, _Step] = {}
-        owner.order = []
+        owner.order.clear()
 
-    def steps(self, state: State, inputs: Iterable[StepInput]) -> Iterator[StepResult]:
+    def steps(self, state: State, inputs: Iterable[StepInput]) -> Generator[StepResult, None, None]:
         source = iter(inputs)
         place, more = 0, True
         last = dict(state)
@@ -99,6 +103,8 @@ class _Run:
                     first = self.steps_in_progress[0]
                     while (first.unfinished or first.perturbed is None) and self.error is None:
                         self._start_ready()
+                        if not self.running:
+                            raise FolderError(f"{self.folder.path}: the step's tasks wait for each other.")
                         self.changed.wait()
                     if self.error is not None:
                         raise self.error
@@ -198,24 +204,20 @@ class _Run:
             self.pool.submit(self._do, self.by_place[place], index)
 
     def _do(self, step: _Step, index: int) -> None:
-        task = self.folder.tasks[index]
-        found: dict[str, Any] = {}
-        error: BaseException | None = None
         try:
             with self.owner.locks[index]:
                 found = self.owner.models[index](step.values)
-        except BaseException as caught:
-            error = caught
+            with self.changed:
+                step.unfinished -= 1
+                self.owner.order.append((step.place, self.folder.tasks[index].name))
+                for key in self.folder.tasks[index].writes:
+                    self._deliver(step, key, found[key])
+        except BaseException as error:
+            with self.changed:
+                self.error = self.error or error
         with self.changed:
             self.running -= 1
-            if error is not None:
-                self.error = self.error or error
-            else:
-                step.unfinished -= 1
-                self.owner.order.append((step.place, task.name))
-                for key, value in found.items():
-                    self._deliver(step, key, value)
-                self._start_ready()
+            self._start_ready()
             self.changed.notify_all()
 
 

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from ...passes.errors import FolderError, OptionError
 from .folder import Array
 
+try:
+    import onnxruntime as ort
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "training an exported folder needs onnxruntime, which is not installed: pip install 'onward[onnx]'",
+        name=error.name,
+    ) from error
+if tuple(map(int, ort.__version__.split(".")[:2])) < (1, 24):
+    raise ImportError(
+        f"onnxruntime {ort.__version__} reads files outside of a model's folder, if the model says so: "
+        "pip install --upgrade 'onnxruntime>=1.24'"
+    )
+
 Value = Any
 """An ``onnxruntime.OrtValue``."""
+
+WITHOUT = ["MatMulScaleFusion"]
+"""Rewritings that onnxruntime leaves out: this one moves factors past products, which rounds otherwise, so one model a
+step would not have the bits of one a task."""
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -33,7 +49,7 @@ class Device:
 
     @classmethod
     def find(cls, asked: str) -> Device:
-        """ "auto" is the GPU where onnxruntime has a provider for one; "cuda" falls back to the CPU where it has none.
+        """ "auto" is the GPU where onnxruntime can use one; "cuda" falls back to the CPU where it cannot.
 
         Raises OptionError for another name.
         """
@@ -45,8 +61,8 @@ class Device:
         """What a user has to know of the device."""
         if self.asked == "cuda" and self.name == "cpu":
             return (
-                "which finds no GPU here (that takes onnxruntime-gpu, `pip install 'onward[gpu]'`, CUDA with cuDNN, "
-                "and a card with its driver): running on the CPU"
+                "running on the CPU: onnxruntime finds no GPU here (it takes one with its driver, "
+                "CUDA with cuDNN, and pip install 'onward[gpu]')"
             )
         return f"running on {'the GPU' if self.name == 'cuda' else 'the CPU'}"
 
@@ -76,22 +92,22 @@ class Model:
         inputs, outputs: the names of what it reads and returns; `defaults` those that may be left out.
     """
 
-    def __init__(self, path: Path, device: Device, threads: int = 0) -> None:
-        """`threads` of one call, 0 for all cores.
+    def __init__(self, path: Path, device: Device, threads: int = 0, alone: bool = True) -> None:
+        """`threads` of one call, 0 for all cores; where others run in between or beside it, it is not `alone`.
 
         Raises:
             FolderError: the file is missing, damaged, or holds what this onnxruntime does not run.
         """
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        if threads == 1:
+        options.log_severity_level = 4  # what fails is raised, and says so once
+        if threads == 1 or not alone:  # threads that wait for the next call spin, which costs the other models' time
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         chosen = [PROVIDERS[device.name]] if device.name == "cpu" else [PROVIDERS["cuda"], PROVIDERS["cpu"]]
         if not path.is_file():
             raise FolderError(f"{path} is missing: the folder is not whole. Export it again.")
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=chosen)
+            self.session = ort.InferenceSession(str(path), options, providers=chosen, disabled_optimizers=WITHOUT)
         except Exception as error:  # onnxruntime has a class for each status code, and no common base but this
             raise FolderError(f"{path} does not load in onnxruntime {ort.__version__}: {_first_line(error)}") from error
         self.path, self.device = path, device
@@ -99,6 +115,13 @@ class Model:
         self.defaults = [value.name for value in self.session.get_overridable_initializers()]
         self.outputs = [value.name for value in self.session.get_outputs()]
         self._binding = self.session.io_binding()
+
+    def check(self, reads: Iterable[str], writes: Iterable[str]) -> None:
+        """Raise FolderError if the model reads anything else, or does not write all of these."""
+        foreign, absent = sorted(set(self.inputs) - set(reads)), sorted(set(writes) - set(self.outputs))
+        if foreign or absent:
+            reason = f"reads {foreign[0]}" if foreign else f"does not write {absent[0]}"
+            raise FolderError(f"{self.path} {reason}, which the manifest does not say. Export it again.")
 
     def __call__(self, values: Mapping[str, Value], wanted: Sequence[str] | None = None) -> dict[str, Value]:
         """Run on what `values` has of the inputs; a call at a time, like everything of a `Model`.
@@ -123,12 +146,16 @@ class Model:
             self.session.run_with_iobinding(binding)
         except Exception as error:  # as above
             raise FolderError(f"{self.path} failed: {_first_line(error)}") from error
-        return dict(zip(names, binding.get_outputs(), strict=True))
+        found = binding.get_outputs_as_ortvaluevector()  # get_outputs, before 1.32, gives what dies with the binding
+        return {name: ort.OrtValue(found[place]) for place, name in enumerate(names)}
 
 
 def number(value: Value) -> Any:
-    """A 0-d value as a Python number."""
-    return value.numpy().item()
+    """A 0-d value as a Python number. Raises FolderError if it holds more or less than one."""
+    found = value.numpy()
+    if found.size != 1:
+        raise FolderError(f"a model of the folder gives {list(found.shape)} where one number is wanted.")
+    return found.item()
 
 
 def _first_line(error: Exception) -> str:

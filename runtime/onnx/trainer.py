@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...compiler.files import replacing
 from ...passes.errors import CheckpointError, NonFiniteLossError, OptionError
+from ..training.stop_request import StopRequest
 from .data import Judge, Score, Split
-from .files import replacing
-from .folder import Folder, read_arrays
+from .folder import Folder, loaded, read_arrays
 from .fused import FusedSteps, StepInput
 from .pipeline import TaskSteps
 from .session import Device, Value
@@ -38,8 +39,11 @@ class Settings:
         epochs, batch_size, lr, schedule: as in the export, if not given.
         seed: of the order of the samples; that of the noise is the export's.
         executor: "fused", one model a step, or "tasks", one a task, on `workers` threads in pipeline order.
-        threads: of one call of a model; 0 for all cores.
+        threads: of one call of a model; 0 for all cores, or for one where several workers share them.
         checkpoint_every: steps from one checkpoint to the next, beside one at the end of each epoch; 0 for none.
+
+    Raises:
+        OptionError: a value that cannot work.
     """
 
     epochs: int
@@ -57,7 +61,11 @@ class Settings:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise OptionError(f"{name}={value!r}: it has to be a whole number of at least {least}.")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
+        if type(self.seed) is not int:
+            raise OptionError(f"seed={self.seed!r}: it has to be a whole number.")
+        if self.workers > 1 and self.executor != "tasks":
+            raise OptionError(f"workers={self.workers}: tasks run side by side with executor='tasks' only.")
+        if not (isinstance(self.lr, int | float) and self.lr > 0 and math.isfinite(self.lr)):
             raise OptionError(f"lr={self.lr!r}: the learning rate must be positive and finite.")
         for name, known in (("schedule", tuple(SCHEDULES)), ("executor", EXECUTORS)):
             if getattr(self, name) not in known:
@@ -66,7 +74,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Record:
-    """An epoch: its mean training loss, its score on the test samples (NaN without), seconds, steps so far."""
+    """An epoch: its number, from 1, the steps so far, the mean loss of its samples as they were trained on, the score
+    on the test samples (NaN without), seconds."""
 
     epoch: int
     step: int
@@ -77,7 +86,15 @@ class Record:
 
 
 class Trainer:
-    """Trains an exported folder.
+    """Trains an exported folder. One thread calls it; `stop` may come from any.
+
+    Args:
+        folder: as `read_folder` returned it.
+        settings: how.
+        device: where, as `Device.find` returned it.
+
+    Raises:
+        FolderError: a file of the folder is missing, damaged, or does not fit the manifest.
 
     Attributes:
         state: weights, buffers, optimizer and feedback, on the device.
@@ -100,7 +117,8 @@ class Trainer:
         self.records: list[Record] = []
         self._done = 0
         self._loss_sum = 0.0
-        self._stopped = False
+        self._samples: int | None = None
+        self._stop = StopRequest()
 
     def fit(
         self,
@@ -110,7 +128,10 @@ class Trainer:
         checkpoint: Path | None = None,
         report: Callable[[Record], None] = lambda record: None,
     ) -> bool:
-        """Train up to the settings' epochs, from where the state is; False if Ctrl-C ended it before.
+        """Train up to the settings' epochs, from where the state is; False if it was stopped before.
+
+        Ctrl-C, SIGTERM and `stop` end it behind the step in progress, with a checkpoint; a second Ctrl-C raises
+        KeyboardInterrupt at once. Another call goes on.
 
         Args:
             train, test: samples; without `test` nothing is evaluated.
@@ -119,31 +140,28 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: a loss or a gradient is NaN or infinite. The state is that before the step.
+            CheckpointError: it goes on within an epoch, and has other samples than before.
+            FolderError: a model fails on a batch. The state is that before the step.
+            OutputError: the checkpoint cannot be written. What was there stays.
         """
         settings = self.settings
         batches = 1 if train.whole else -(-train.samples // settings.batch_size)
-        with _Interrupt(self):
-            while len(self.records) < settings.epochs and not self._stopped:
+        if self._done and self._samples != train.samples:
+            raise CheckpointError(
+                f"{self._done} steps of this epoch were made on {self._samples} samples, and now there are "
+                f"{train.samples}: go on with the same data."
+            )
+        self._samples, self._stop.made = train.samples, False
+        with self._stop.on_signals():
+            while len(self.records) < settings.epochs and not self._stop.made:
                 started, epoch = time.perf_counter(), len(self.records)
-                given = self._inputs(train, epoch, batches)
-                for result in self.steps.run(self.state, given, self.folder.seed):
-                    if not result.finite:
-                        raise NonFiniteLossError(
-                            f"step {self.step}: the loss or a gradient is NaN or infinite (the loss is {result.loss}). "
-                            "Weights and checkpoint are as before the step. Check the data, or lower the learning rate."
-                        )
-                    self.state = result.state
-                    self.step, self._done = self.step + 1, self._done + 1
-                    self._loss_sum += result.loss
-                    every = settings.checkpoint_every
-                    if checkpoint is not None and (self._stopped or (every and self._done % every == 0)):
-                        self.save(checkpoint)
+                self._steps(train, batches, checkpoint)
                 if self._done < batches:
                     return False
                 score = self.judge(self.state, test, settings.batch_size) if test else Score(math.nan, math.nan)
                 seconds = time.perf_counter() - started
                 self.records.append(
-                    Record(epoch + 1, self.step, self._loss_sum / batches, score.loss, score.accuracy, seconds)
+                    Record(epoch + 1, self.step, self._loss_sum / train.samples, score.loss, score.accuracy, seconds)
                 )
                 self._done, self._loss_sum = 0, 0.0
                 if checkpoint is not None:
@@ -152,16 +170,34 @@ class Trainer:
         return len(self.records) >= settings.epochs
 
     def stop(self) -> None:
-        """End `fit` behind the step in progress."""
-        self._stopped = True
+        """End a running `fit` behind the step in progress. Safe from any thread."""
+        self._stop.made = True
+
+    def _steps(self, train: Split, batches: int, checkpoint: Path | None) -> None:
+        """What is left of an epoch, unless it is stopped."""
+        every, size = self.settings.checkpoint_every, self.settings.batch_size
+        given = self._inputs(train, len(self.records), batches)
+        with closing(self.steps.run(self.state, given, self.folder.seed)) as results:
+            for result in results:
+                if not result.finite:
+                    raise NonFiniteLossError(
+                        f"step {self.step}: the loss or a gradient is NaN or infinite (the loss is {result.loss}). "
+                        "Weights and checkpoint are as before the step. Check the data, or lower the learning rate."
+                    )
+                self.state = result.state
+                self._loss_sum += result.loss * min(size, train.samples - self._done * size)
+                self.step, self._done = self.step + 1, self._done + 1
+                if checkpoint is not None and (self._stop.made or (every and self._done % every == 0)):
+                    self.save(checkpoint)
 
     def _inputs(self, train: Split, epoch: int, batches: int) -> Iterator[StepInput]:
         """What is left of an epoch: the order of its samples is a function of seed and epoch."""
         settings = self.settings
-        order = np.random.Generator(np.random.Philox(key=[settings.seed % 2**64, epoch])).permutation(train.samples)
+        key = np.array([settings.seed % 2**64, epoch], np.uint64)
+        order = np.random.Generator(np.random.Philox(key=key)).permutation(train.samples)
         done, first = self._done, self.step - self._done
         for place, batch in enumerate(train.batches(settings.batch_size, order)):
-            if self._stopped:
+            if self._stop.made:
                 return
             if place >= done:
                 share = (epoch * batches + place) / (settings.epochs * batches)
@@ -171,8 +207,10 @@ class Trainer:
         """Write all that a run needs to go on, in one rename. Raises OutputError."""
         progress = {
             "model": self.folder.model,
+            "noise_seed": self.folder.seed,
             "step": self.step,
             "done": self._done,
+            "samples": self._samples,
             "loss_sum": self._loss_sum,
             "records": [asdict(record) for record in self.records],
             "settings": _fixed(self.settings),
@@ -189,49 +227,37 @@ class Trainer:
             CheckpointError: the file is damaged, of another model, or of a run with other settings.
         """
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                progress = json.loads(str(archive["progress"]))
-                arrays = {form.key: archive[form.key] for form in self.folder.state}
-            misfits = [f"{form.key} {why}" for form in self.folder.state if (why := form.misfit(arrays[form.key]))]
+            arrays = loaded(path)
+            progress = json.loads(str(arrays.pop("progress")))
             records = [Record(**record) for record in progress["records"]]
-            settings, step, done = progress["settings"], int(progress["step"]), int(progress["done"])
-            loss_sum = float(progress["loss_sum"])
+            settings, step, done = dict(progress["settings"]), int(progress["step"]), int(progress["done"])
+            loss_sum, samples = float(progress["loss_sum"]), progress["samples"]
+            model, noise_seed = progress["model"], progress["noise_seed"]
         except Exception as error:  # whatever a damaged file makes NumPy, zipfile or json raise
             raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-        if misfits:
-            raise CheckpointError(f"{path} is of another model: {misfits[0]}.")
+        if misfit := self._misfit(model, noise_seed, arrays):
+            raise CheckpointError(f"{path} is of another model: {misfit}.")
         changed = {key: value for key, value in _fixed(self.settings).items() if settings.get(key) != value}
         differing = [f"{key}={settings.get(key)!r}, now {value!r}" for key, value in changed.items()]
         if differing:
             raise CheckpointError(f"{path} is of a run with other settings: {'; '.join(differing)}.")
         self.state = {key: self.device.value(array) for key, array in arrays.items()}
         self.step, self._done, self._loss_sum, self.records = step, done, loss_sum, records
+        self._samples = samples
+
+    def _misfit(self, model: Any, noise_seed: Any, arrays: dict[str, Any]) -> str:
+        """Why a checkpoint is not of this folder; empty if it is."""
+        folder = self.folder
+        if (model, noise_seed) != (folder.model, folder.seed):
+            return f"{model!r} exported with seed {noise_seed}, and this is {folder.model!r} with seed {folder.seed}"
+        for form in folder.state:
+            why = form.misfit(arrays[form.key]) if form.key in arrays else "is missing"
+            if why:
+                return f"{form.key} {why}"
+        return ""
 
 
 def _fixed(settings: Settings) -> dict[str, Any]:
     """The settings that a run cannot go on with others of."""
     kept = ("batch_size", "lr", "schedule", "seed")
     return {key: value for key, value in asdict(settings).items() if key in kept}
-
-
-class _Interrupt:
-    """Ctrl-C ends `fit` behind the step in progress; a second one at once."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-
-    def __enter__(self) -> None:
-        self.before: Any = None
-        try:
-            self.before = signal.signal(signal.SIGINT, self._stop)
-        except ValueError:  # not the main thread
-            self.before = None
-
-    def _stop(self, number: int, frame: Any) -> None:
-        if self.trainer._stopped:
-            raise KeyboardInterrupt
-        self.trainer.stop()
-
-    def __exit__(self, *error: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
