@@ -54,6 +54,7 @@ class Program:
         clean_forwards: unperturbed forwards spent, in samples.
         sigmas: standard deviation of every site's noise; with ``sigma="auto"`` measured every `CALIBRATE_EVERY` steps.
         executor: what runs the plan of a step.
+        needs_two: the operation that takes a batch of two samples or more, or "" or None.
         next_probe: with feedback, the step count from which on the next step has a perturbed run.
     """
 
@@ -83,7 +84,7 @@ class Program:
         self._layouts = [node.meta.get("layout") if isinstance(node, fx.Node) else None for node in results]
         self._buffers = [n.meta["target"] for n in placeholders(compiled.captured.module, Role.BUFFER)]
         self._check_model = ModelCheck(model, compiled)
-        self._needs_two = first_without_statistics_of_one(compiled.graph)
+        self.needs_two = first_without_statistics_of_one(compiled.graph)
         self.feedback: FeedbackState | None = None
         self._trusted: tuple[FeedbackState | None, dict[str, float]] | None = None
         """What `trust` said of a state of the feedback, which never changes."""
@@ -285,7 +286,7 @@ class Program:
 
     def bind(self, inputs: Any, target: Any) -> tuple[StepInput, dict[str, nn.Parameter], dict[str, Tensor]]:
         """What the next step is a function of, checked; and the model's parameters and buffers by name."""
-        leaves, samples = check_batch(inputs, self.compiled.captured.signature, self._needs_two)
+        leaves, samples = check_batch(inputs, self.compiled.captured.signature, self.needs_two)
         if isinstance(self.loss, WholeLoss):
             self.loss.check(target)
         else:

@@ -259,7 +259,10 @@ def _call(emission: Emission, node: fx.Node, values: Mapping[fx.Node, Any]) -> A
         )
     args = fx.node.map_arg(node.args, values.__getitem__)
     kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
-    found = RULES[name](emission, node, *args, **kwargs)
+    try:
+        found = RULES[name](emission, node, *args, **kwargs)
+    except ExportError as error:
+        raise ExportError(f"{name}, from {origin(node)}: {error}") from error
     val = node.meta["val"]
     if isinstance(val, (tuple, list)):
         return [None if each is None else str(each) for each in found]

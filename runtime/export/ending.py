@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...compiler.to_onnx.trace import Like
+from ...compiler.to_onnx.trace import Described, Like
 from .learning import NAMES, Counters, trust_of
 from .recorder import Recorder
 
@@ -38,17 +38,19 @@ def add_updates(r: Recorder) -> None:
             state = {each: rest.pop(0) for each in update.state}
             moves = (rest.pop(0) >= r.warmup).to(weight.dtype) if r.warmup else None
             gradient = sum(rest[1:], rest[0]).to(weight.dtype)
-            finite = (gradient * 0).sum()  # 0, or a NaN
             if moves is not None:
                 gradient = gradient * moves
             new, after = update.step(weight, gradient, state, lr, (count + 1).double(), options)
-            return [new, *(after[each] for each in update.state), finite]
+            return [new, *(after[each] for each in update.state), (new * 0).sum()]  # 0, or a NaN, as of the gradient
 
         writes = [f"new:{key}" for key in (f"parameter:{name}", *moments)] + [f"finite:{name}"]
         r.function(f"U:{name}", step, reads, writes)
         checked.append(f"finite:{name}")
     if r.learns and r.program.feedback is not None and r.program.feedback.jacobians:
         checked.append("new:feedback:slopes")  # a NaN in a perturbed output reaches them, as it does the Jacobians
+    for task in r.tasks:  # statistics of a batch of one sample, say
+        floats = [key for key, kind in zip(task.writes, task.results, strict=True) if _is_floating(kind)]
+        checked += [key for key in floats if key.startswith("mutation:")]
 
     def check(count: Tensor, *values: Tensor) -> list[Tensor]:
         losses_, others = values[: len(losses)], values[len(losses) :]
@@ -57,6 +59,10 @@ def add_updates(r: Recorder) -> None:
         return [total == 0, loss.float(), count + 1]
 
     r.function("C", check, ["optimizer:steps", *losses, *checked], ["finite", "loss", "new:optimizer:steps"])
+
+
+def _is_floating(kind: Described) -> bool:
+    return isinstance(kind, Like) and kind.dtype.is_floating_point
 
 
 def _rates(r: Recorder, names: Sequence[str]) -> dict[str, str]:

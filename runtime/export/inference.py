@@ -8,6 +8,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from ...compiler.capture import CapturedModel, as_call, capture
 from ...compiler.program import input_keys
@@ -16,7 +17,7 @@ from ...compiler.to_onnx.emit import Emission, emit
 from ...compiler.to_onnx.trace import Like, described
 from ...compiler.whole import capture_whole
 from ...passes.errors import ExportError
-from ...passes.graph import outputs, placeholders
+from ...passes.graph import Role, outputs, placeholders
 from ..program import Program
 from ..training.evaluation import evaluating
 from .recorder import Recorder
@@ -60,31 +61,50 @@ def inference_model(r: Recorder, model: nn.Module, example: Any, about: str) -> 
     return made
 
 
-def class_numbers(program: Program, batch: Any, target: Any) -> dict[str, Any]:
-    """Of a target of class numbers how many ``classes`` there are, and which of torch's usual numbers beside them the
-    loss takes for ``ignored``; empty of other targets. The loss is asked: ONNX would take class -1 for the last one.
+def class_numbers(program: Program, batch: Any, target: Any) -> dict[str, dict[str, Any]]:
+    """By key of the targets that are class numbers how many ``classes`` there are, and which of the usual numbers
+    beside them, and of those in the example, the loss takes for ``ignored``.
+
+    The loss is asked: ONNX would take class -1 for the last one.
     """
-    if not isinstance(target, Tensor) or target.is_floating_point():
-        return {}
     args, kwargs = as_call(batch)
     with evaluating(program.model), torch.no_grad(), torch.random.fork_rng():
         held = {name: buffer.clone() for name, buffer in program.model.named_buffers()}
         output = torch.func.functional_call(program.model, held, args, kwargs)
-        if not isinstance(output, Tensor):
-            return {}
-        dims = [dim for dim in (1, output.dim() - 1) if dim > 0 and _without(output, dim) == target.shape]
+    scores = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    leaves, spec = pytree.tree_flatten(target)
+    found = {}
+    for index, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) or leaf.is_floating_point() or leaf.dtype == torch.bool:
+            continue
 
-        def takes(number: int) -> bool:
+        def takes(number: int, index: int = index, leaf: Tensor = leaf) -> bool:
+            changed = [*leaves[:index], torch.full_like(leaf, number), *leaves[index + 1 :]]
             try:
-                program.per_sample_loss(output, torch.full_like(target, number))
+                with torch.no_grad():
+                    program.per_sample_loss(output, pytree.tree_unflatten(changed, spec))
             except (IndexError, RuntimeError):
                 return False
             return True
 
-        classes = output.shape[dims[0]] if dims else 0
-        if not dims or takes(classes) or not takes(classes - 1):
-            return {}
-        return {"classes": classes, "ignored": [number for number in (-100, -1) if takes(number)]}
+        sizes = [x.shape[dim] for x in scores for dim in {1, x.dim() - 1} if 0 < dim < x.dim()
+                 and _without(x, dim) == leaf.shape]  # fmt: skip
+        classes = next((size for size in sizes if takes(size - 1) and not takes(size)), None)
+        if classes is not None:
+            usual = {-100, -1, 255, *leaf.unique().tolist()} - set(range(classes))
+            found[f"target:{index}"] = {"classes": classes, "ignored": sorted(n for n in usual if takes(n))}
+    return found
+
+
+def token_numbers(program: Program) -> dict[str, dict[str, Any]]:
+    """By key of the inputs that an embedding reads how many rows it has: ONNX would take row -1 for the last one."""
+    found: dict[str, dict[str, Any]] = {}
+    for node in program.compiled.captured.module.graph.nodes:
+        if node.target == torch.ops.aten.embedding.default and node.args[1].meta.get("role") == Role.INPUT:
+            rows = int(node.args[0].meta["val"].shape[0])
+            key = f"input:{node.args[1].meta['target']}"
+            found[key] = {"classes": min(rows, found.get(key, {}).get("classes", rows))}
+    return found
 
 
 def _without(x: Tensor, dim: int) -> torch.Size:

@@ -71,8 +71,9 @@ class Recorder:
         return Counters.of(self.program.feedback, self.program.next_probe)
 
     def state(self) -> dict[str, Tensor]:
-        state = {f"parameter:{name}": value.detach() for name, value in self.parameters.items()}
-        state |= {f"buffer:{name}": self.buffers[name] for name in self.buffers}
+        read = {key for task in self.tasks for key in task.reads}
+        state = _distinct({f"parameter:{name}": value for name, value in self.parameters.items()}, read)
+        state |= _distinct({f"buffer:{name}": value for name, value in self.buffers.items()}, read)
         state |= {f"optimizer:{name}": value for name, value in self.moments.items()}
         state["optimizer:steps"] = torch.tensor(self.optimizer.steps)
         if self.program.feedback is not None:
@@ -159,6 +160,13 @@ class Recorder:
 
     def target(self, leaves: Sequence[Any]) -> Any:
         return pytree.tree_unflatten(list(leaves), self.target_spec)
+
+
+def _distinct(named: Mapping[str, Tensor], read: set[str]) -> dict[str, Tensor]:
+    """Tensors by key, each once: of a tied one's names that which the graphs read."""
+    own = {id(value): key for key, value in reversed(list(named.items()))}
+    own |= {id(named[key]): key for key in named if key in read}
+    return {key: value.detach() for key, value in named.items() if own[id(value)] == key}
 
 
 def _is_tuple(node: Any) -> bool:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,13 +34,13 @@ from torch import Tensor
 from ...compiler.files import whole_folder
 from ...compiler.save import check_folder
 from ...compiler.to_onnx.builder import IR_VERSION, OPSET
-from ...compiler.to_onnx.trace import Described, Like
 from ...passes.errors import ExportError
 from ..onnx.folder import FORMAT, VERSION
 from ..onnx.write import LIMIT, beyond
 from ..program import Program
+from ..training.update import check_optimizer
 from ..versions import versions
-from .inference import class_numbers, inference_model, loss_model
+from .inference import class_numbers, inference_model, loss_model, token_numbers
 from .step import BATCH, extents, fused, single
 from .task import Task, Tasks
 from .tasks import make_tasks
@@ -71,7 +71,7 @@ def export(
     optimizer: torch.optim.Optimizer,
     batch: Any,
     target: Any,
-    folder: Path,
+    folder: str | Path,
     *,
     name: str = "model",
     settings: Mapping[str, Any] | None = None,
@@ -91,8 +91,11 @@ def export(
     Raises:
         ExportError: a setting, an operation, the loss or the optimizer has no form in ONNX.
         OutputError: the folder cannot be written, or holds something else. Nothing of it was changed.
+        OptionError: the optimizer lacks trainable parameters of the model, or holds another one's.
         BatchError, ModeError: as for `Program.step`.
     """
+    folder = Path(folder)
+    check_optimizer(program.model, optimizer)
     check_folder(folder, replace=replace, format=FORMAT)
     known = described(optimizer)
     model = program.model
@@ -124,8 +127,9 @@ def export(
             "ir_version": IR_VERSION,
             "batch": BATCH,
             "whole": recorder.whole,
-            "inputs": _described({k: v for k, v in tasks.inputs.items() if k.startswith("input:")}.items()),
-            "targets": _targets(tasks, class_numbers(program, batch, target)),
+            "least": 2 if program.needs_two else 1,
+            "inputs": _described(tasks, "input:", token_numbers(program)),
+            "targets": _described(tasks, "target:", class_numbers(program, batch, target)),
             "outputs": [output.name for output in models["inference.onnx"].graph.output],
             "state": [
                 {"key": key, "new": tasks.new[key], "dtype": str(value.dtype), "shape": list(value.shape)}
@@ -213,15 +217,12 @@ def _entry(task: Task, path: str, tasks: Tasks) -> dict[str, Any]:
     }
 
 
-def _targets(tasks: Tasks, classes: Mapping[str, Any]) -> list[dict[str, Any]]:
-    found = _described({k: v for k, v in tasks.inputs.items() if k.startswith("target:")}.items())
-    return [found[0] | dict(classes), *found[1:]] if found else found
-
-
-def _described(kinds: Iterable[tuple[str, Described]]) -> list[dict[str, Any]]:
+def _described(tasks: Tasks, prefix: str, numbers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What a batch holds under a prefix, with what is known of the whole numbers in it."""
     found = []
-    for key, kind in kinds:
-        assert isinstance(kind, Like)
-        dtype, shape = extents(kind)
-        found.append({"key": key, "dtype": str(dtype).removeprefix("torch."), "shape": shape})
+    for key, kind in tasks.inputs.items():
+        if key.startswith(prefix):
+            dtype, shape = extents(kind)
+            entry = {"key": key, "dtype": str(dtype).removeprefix("torch."), "shape": shape}
+            found.append(entry | dict(numbers.get(key, {})))
     return found

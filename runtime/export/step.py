@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import onnx
@@ -11,7 +10,7 @@ import torch
 from onnx import helper
 from torch import Tensor
 
-from ...compiler.to_onnx.builder import DTYPES, Builder
+from ...compiler.to_onnx.builder import Builder
 from ...compiler.to_onnx.emit import Emission
 from ...compiler.to_onnx.trace import Described, Like
 from .task import Task, Tasks
@@ -63,11 +62,10 @@ def fused(tasks: Tasks, about: str) -> onnx.ModelProto:
         _run(b, tasks.tasks, values)
     else:
         learned = [key for task in perturbed for key in task.writes if key.startswith("new:")]
-        needs = set(learned)
-        later = [task for task in before if needs & set(task.reads)]
-        _run(b, [task for task in before if task not in later and not _after(task, later)], values)
+        later = _behind(before, set(learned))
+        _run(b, [task for task in before if task not in later], values)
         values |= _branches(b, perturbed, learned, values, tasks)
-        _run(b, [task for task in before if task in later or _after(task, later)], values)
+        _run(b, later, values)
     for key, value in tasks.state.items():
         b.output(f"new:{key}", values[tasks.new[key]], value.dtype, list(value.shape))
     b.output("loss", values["loss"], torch.float32, [])
@@ -75,9 +73,14 @@ def fused(tasks: Tasks, about: str) -> onnx.ModelProto:
     return b.model(about)
 
 
-def _after(task: Task, later: Sequence[Task]) -> bool:
-    """Whether a task reads, through others, what `later` ones write: updates and the check behind the trust."""
-    return task.name.startswith(("U:", "C"))
+def _behind(tasks: Sequence[Task], keys: set[str]) -> list[Task]:
+    """Those of `tasks` that read one of the keys, or what another such task writes."""
+    found = []
+    for task in tasks:
+        if keys & set(task.reads):
+            found.append(task)
+            keys = keys | set(task.writes)
+    return found
 
 
 def _run(b: Builder, tasks: Sequence[Task], values: dict[str, str]) -> None:
@@ -134,11 +137,3 @@ def single(task: Task, tasks: Tasks, about: str) -> onnx.ModelProto:
     for key, value, kind in zip(task.writes, results, task.results, strict=True):
         b.output(key, value, *extents(kind, key))
     return b.model(about)
-
-
-def dtype_of(number: int) -> Any:
-    """The NumPy dtype of an ONNX element type."""
-    return helper.tensor_dtype_to_np_dtype(number)
-
-
-__all__ = ["BATCH", "DTYPES", "dtype_of", "extents", "fused", "held", "single"]

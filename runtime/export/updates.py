@@ -122,6 +122,9 @@ def described(optimizer: torch.optim.Optimizer) -> Optimizer:
         given["beta1"], given["beta2"] = given["betas"]
     options = {key: float(given[key]) for key in UPDATES[name].options}
     counts = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
+    held = [parameter in optimizer.state for group in optimizer.param_groups for parameter in group["params"]]
+    if len(counts) > 1 or (counts and not all(held)):
+        raise ExportError("the optimizer's parameters have taken different numbers of steps; one number is exported.")
     return Optimizer(name, float(given["lr"]), options, max(counts, default=0))
 
 

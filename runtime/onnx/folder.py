@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ Array = npt.NDArray[Any]
 class Form:
     """What a key holds: a dtype's NumPy name and a shape, in which ``"N"`` is the batch size.
 
-    Of class numbers also how many classes there are, and which other numbers the loss takes (``ignore_index``).
+    Of class numbers also how many classes there are, and which other numbers the loss takes (``ignore_index``); of
+    numbers that an embedding reads, how many it has.
     """
 
     key: str
@@ -49,7 +51,8 @@ class Form:
         if self.classes is None:
             return ""
         foreign = value[((value < 0) | (value >= self.classes)) & ~np.isin(value, self.ignored)]
-        return f"holds class {foreign[0]}, and classes are 0 to {self.classes - 1}" if foreign.size else ""
+        what, many = ("class", "classes") if self.key.startswith("target:") else ("number", "numbers")
+        return f"holds {what} {foreign[0]}, and {many} are 0 to {self.classes - 1}" if foreign.size else ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Folder:
     Attributes:
         path: the folder.
         model: the model's name.
+        least: samples that a batch must have: 2 where the model normalises by a batch's own statistics.
         inputs, targets: what a batch holds.
         state: what a step starts from.
         new: by key of the state the key of its new value; its own where a step leaves it as it is.
@@ -86,6 +90,7 @@ class Folder:
 
     path: Path
     model: str
+    least: int
     inputs: tuple[Form, ...]
     targets: tuple[Form, ...]
     state: tuple[Form, ...]
@@ -100,6 +105,10 @@ class Folder:
     whole: bool
     training: Mapping[str, Any]
     forwards: float
+
+    def digest(self) -> str:
+        """SHA-256 of the step's model: of what is computed, but not from which numbers."""
+        return hashlib.sha256(self.file("training_step.onnx").read_bytes()).hexdigest()
 
     def file(self, name: str) -> Path:
         """A file of the folder."""
@@ -149,6 +158,7 @@ def _folder(folder: Path, found: dict[str, Any]) -> Folder:
     made = Folder(
         path=folder,
         model=str(found["model"]),
+        least=int(found["least"]),
         inputs=tuple(map(_form, found["inputs"])),
         targets=tuple(map(_form, found["targets"])),
         state=state,

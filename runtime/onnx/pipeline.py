@@ -8,6 +8,7 @@ result does not depend on the number of workers.
 from __future__ import annotations
 
 import heapq
+import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping
@@ -81,6 +82,8 @@ class _Run:
         self.ready: list[tuple[int, int]] = []
         self.running = 0
         self.error: BaseException | None = None
+        self.failed = sys.maxsize
+        """Place of the step that it is of; those before it are finished."""
         self.by_place: dict[int, _Step] = {}
         owner.order.clear()
 
@@ -91,7 +94,7 @@ class _Run:
         try:
             while True:
                 with self.changed:
-                    while more and len(self.steps_in_progress) < WINDOW:
+                    while more and self.error is None and len(self.steps_in_progress) < WINDOW:
                         given = next(source, None)
                         if given is None:
                             more = False
@@ -101,12 +104,12 @@ class _Run:
                     if not self.steps_in_progress:
                         return
                     first = self.steps_in_progress[0]
-                    while (first.unfinished or first.perturbed is None) and self.error is None:
+                    while (first.unfinished or first.perturbed is None) and first.place < self.failed:
                         self._start_ready()
                         if not self.running:
                             raise FolderError(f"{self.folder.path}: the step's tasks wait for each other.")
                         self.changed.wait()
-                    if self.error is not None:
+                    if self.error is not None and first.place >= self.failed:
                         raise self.error
                     finite = bool(number(first.values["finite"]))
                     loss = float(number(first.values["loss"]))
@@ -118,7 +121,7 @@ class _Run:
                     return
         finally:
             with self.changed:
-                self.error = self.error or _StoppedError()
+                self.error, self.failed = self.error or _StoppedError(), -1
                 self.ready.clear()
                 while self.running:
                     self.changed.wait()
@@ -198,7 +201,7 @@ class _Run:
             self._give(later, key, value)
 
     def _start_ready(self) -> None:
-        while self.ready and self.running < self.owner.workers and self.error is None:
+        while self.ready and self.running < self.owner.workers and self.ready[0][0] < self.failed:
             place, index = heapq.heappop(self.ready)
             self.running += 1
             self.pool.submit(self._do, self.by_place[place], index)
@@ -214,7 +217,8 @@ class _Run:
                     self._deliver(step, key, found[key])
         except BaseException as error:
             with self.changed:
-                self.error = self.error or error
+                if step.place < self.failed:
+                    self.error, self.failed = error, step.place
         with self.changed:
             self.running -= 1
             self._start_ready()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,13 +123,13 @@ class Model:
             reason = f"reads {foreign[0]}" if foreign else f"does not write {absent[0]}"
             raise FolderError(f"{self.path} {reason}, which the manifest does not say. Export it again.")
 
-    def __call__(self, values: Mapping[str, Value], wanted: Sequence[str] | None = None) -> dict[str, Value]:
+    def __call__(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """Run on what `values` has of the inputs; a call at a time, like everything of a `Model`.
 
         Raises:
             FolderError: an input is missing, or the model fails.
         """
-        binding, names = self._binding, self.outputs if wanted is None else list(wanted)
+        binding, names = self._binding, self.outputs
         binding.clear_binding_inputs()
         binding.clear_binding_outputs()
         try:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...compiler.files import replacing
-from ...passes.errors import CheckpointError, NonFiniteLossError, OptionError
+from ...passes.errors import BatchError, CheckpointError, NonFiniteLossError, OptionError
 from ..training.stop_request import StopRequest
 from .data import Judge, Score, Split
 from .folder import Folder, loaded, read_arrays
@@ -139,7 +139,8 @@ class Trainer:
             report: told of every epoch.
 
         Raises:
-            NonFiniteLossError: a loss or a gradient is NaN or infinite. The state is that before the step.
+            BatchError: a batch would have fewer samples than the model takes.
+            NonFiniteLossError: a loss, a gradient, a weight or a buffer is NaN or infinite. The state is that before.
             CheckpointError: it goes on within an epoch, and has other samples than before.
             FolderError: a model fails on a batch. The state is that before the step.
             OutputError: the checkpoint cannot be written. What was there stays.
@@ -151,6 +152,7 @@ class Trainer:
                 f"{self._done} steps of this epoch were made on {self._samples} samples, and now there are "
                 f"{train.samples}: go on with the same data."
             )
+        self._check_batches(train)
         self._samples, self._stop.made = train.samples, False
         with self._stop.on_signals():
             while len(self.records) < settings.epochs and not self._stop.made:
@@ -169,6 +171,17 @@ class Trainer:
                 report(self.records[-1])
         return len(self.records) >= settings.epochs
 
+    def _check_batches(self, train: Split) -> None:
+        """Raise BatchError if a batch of the epoch has fewer samples than a step takes."""
+        least, size = self.folder.least, self.settings.batch_size
+        last = train.samples % size or size
+        if not train.whole and min(size, last) < least:
+            raise BatchError(
+                f"{train.samples} samples in batches of {size} leave a batch of {min(size, last)}, which has no "
+                f"statistics for {self.folder.model} to normalise by (it takes {least} samples). Choose another batch "
+                "size."
+            )
+
     def stop(self) -> None:
         """End a running `fit` behind the step in progress. Safe from any thread."""
         self._stop.made = True
@@ -181,7 +194,8 @@ class Trainer:
             for result in results:
                 if not result.finite:
                     raise NonFiniteLossError(
-                        f"step {self.step}: the loss or a gradient is NaN or infinite (the loss is {result.loss}). "
+                        f"step {self.step}: a loss, a gradient, or what comes of it is NaN or infinite (the loss is "
+                        f"{result.loss}). "
                         "Weights and checkpoint are as before the step. Check the data, or lower the learning rate."
                     )
                 self.state = result.state
@@ -208,6 +222,7 @@ class Trainer:
         progress = {
             "model": self.folder.model,
             "noise_seed": self.folder.seed,
+            "program": self.folder.digest(),
             "step": self.step,
             "done": self._done,
             "samples": self._samples,
@@ -232,10 +247,10 @@ class Trainer:
             records = [Record(**record) for record in progress["records"]]
             settings, step, done = dict(progress["settings"]), int(progress["step"]), int(progress["done"])
             loss_sum, samples = float(progress["loss_sum"]), progress["samples"]
-            model, noise_seed = progress["model"], progress["noise_seed"]
+            model, noise_seed, digest = progress["model"], progress["noise_seed"], progress["program"]
         except Exception as error:  # whatever a damaged file makes NumPy, zipfile or json raise
             raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-        if misfit := self._misfit(model, noise_seed, arrays):
+        if misfit := self._misfit(model, noise_seed, digest, arrays):
             raise CheckpointError(f"{path} is of another model: {misfit}.")
         changed = {key: value for key, value in _fixed(self.settings).items() if settings.get(key) != value}
         differing = [f"{key}={settings.get(key)!r}, now {value!r}" for key, value in changed.items()]
@@ -245,7 +260,7 @@ class Trainer:
         self.step, self._done, self._loss_sum, self.records = step, done, loss_sum, records
         self._samples = samples
 
-    def _misfit(self, model: Any, noise_seed: Any, arrays: dict[str, Any]) -> str:
+    def _misfit(self, model: Any, noise_seed: Any, digest: Any, arrays: dict[str, Any]) -> str:
         """Why a checkpoint is not of this folder; empty if it is."""
         folder = self.folder
         if (model, noise_seed) != (folder.model, folder.seed):
@@ -254,10 +269,12 @@ class Trainer:
             why = form.misfit(arrays[form.key]) if form.key in arrays else "is missing"
             if why:
                 return f"{form.key} {why}"
-        return ""
+        return "" if digest == folder.digest() else "it was compiled with other settings, or for another optimizer"
 
 
 def _fixed(settings: Settings) -> dict[str, Any]:
     """The settings that a run cannot go on with others of."""
-    kept = ("batch_size", "lr", "schedule", "seed")
+    kept = ["batch_size", "lr", "schedule", "seed"]
+    if settings.schedule != "constant":
+        kept.append("epochs")  # a part of the schedule
     return {key: value for key, value in asdict(settings).items() if key in kept}

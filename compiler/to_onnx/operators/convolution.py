@@ -91,12 +91,25 @@ def _convolution_backward(
 ) -> Sequence[str | None]:  # fmt: skip
     """By inputs a transposed convolution; by the weight, for each place of the kernel, one product of the cotangent
     with the inputs that the place reads."""
-    if transposed:
-        raise ExportError("the derivative of a transposed convolution has no rule.")
     rank = x.rank - 2
     steps, pads, gaps = _each(stride, rank), _each(padding, rank), _each(dilation, rank)
     kernel = [static(size) for size in weight.shape[2:]]
     found: list[str | None] = [None, None, None]
+    if transposed:  # as a convolution with the roles of inputs and cotangent exchanged
+        if any(extra >= step for extra, step in zip(_each(output_padding, rank), steps, strict=True)):
+            raise ExportError(
+                "the derivative of a transposed convolution whose output padding is not below its stride."
+            )
+        if mask[0]:
+            found[0] = e.op(
+                "Conv", grad, weight, strides=steps, pads=_pads(pads, rank), dilations=gaps, group=groups,
+                kernel_shape=kernel,
+            )  # fmt: skip
+        if mask[1]:
+            found[1] = _by_weight(e, x, grad, weight, steps, pads, gaps, groups)
+        if mask[2]:
+            found[2] = e.op("ReduceSum", grad, e.b.ints([0, *range(2, grad.rank)]), keepdims=0)
+        return found
     inner = [static(size) for size in x.shape[2:]]
     if mask[0] and groups == 1 and rank == 2 and set(steps) == set(gaps) == {1} and math.prod(inner) <= SMALL:
         starts = [[k - 1 - p for k, p in zip(kernel, place, strict=True)] for place in _places(kernel)]
