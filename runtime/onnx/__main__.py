@@ -74,13 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def about(folder: Folder) -> str:
     """What a folder holds, in lines."""
-    weights = sum(_count(form.shape) for form in folder.state if form.key.startswith("parameter:"))
+    trained = {f"parameter:{name}" for name in folder.parameters}
+    weights = sum(_count(form.shape) for form in folder.state if form.key in trained)
     kept = sum(_count(form.shape) for form in folder.state) - weights
     forms = [f"{form.key} {form.dtype} {'×'.join(map(str, form.shape))}" for form in (*folder.inputs, *folder.targets)]
     options = ", ".join(f"{key} {value}" for key, value in folder.optimizer.items() if key != "name")
     return "\n".join(
         [
-            f"{folder.model}: {len(folder.tasks)} tasks, {weights:,} weights, {kept:,} other numbers of state",
+            f"{folder.model}: {len(folder.tasks)} tasks, {weights:,} weights to train, {kept:,} other numbers of state",
             f"takes {'; '.join(forms)}",
             f"{folder.optimizer['name']}: {options}",
             f"{folder.forwards:g} perturbed forwards a sample in a step with perturbed runs; seed {folder.seed}, "
