@@ -294,7 +294,7 @@ if {hidden}:
     sys.modules["numba"] = None
 import torch
 import torch.nn.functional as F
-import onward
+import onward.runtime.program
 has = lambda: torch._C._dispatch_has_kernel_for_dispatch_key("onward::perturb", "CPU")
 print(has(), "llvmlite" in sys.modules)
 print("---")
