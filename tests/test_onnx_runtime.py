@@ -46,7 +46,7 @@ from onward.runtime.export.save import task_files
 from onward.runtime.onnx import Trainer
 from onward.runtime.onnx import pipeline as pipeline_module
 from onward.runtime.onnx.data import Judge, Split, _right
-from onward.runtime.onnx.session import Model
+from onward.runtime.onnx.session import Device, Model
 from onward.runtime.onnx.write import write_trained
 from onward.runtime.training.evaluation import accuracy
 from onward.runtime.training.update import update
@@ -640,3 +640,19 @@ def test_the_manifest_says_what_the_trainer_needs() -> None:
         assert {value.name for value in model.graph.input} == set(task.reads)
         assert {value.name for value in model.graph.output} == set(task.writes)
         assert {opset.domain for opset in model.opset_import} == {""}
+
+
+# --- a GPU ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["auto", "layerwise"])
+@pytest.mark.parametrize("executor", ["fused", "tasks"])
+def test_a_gpu_trains_as_the_cpu_does(case: str, executor: str) -> None:
+    device = Device.find("cuda")
+    if device.name != "cuda":
+        pytest.skip(device.note())
+    there, here = (Trainer(exported(case), settings_of(case, executor=executor), each) for each in (device, CPU))
+    found, expected = (arrays(run(trainer, case, 5)[-1].state) for trainer in (there, here))
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-3, atol=1e-4, err_msg=key)
