@@ -33,6 +33,7 @@ from onnx_cases import (
     program_of,
     run,
     same,
+    settings_of,
     split_of,
     steps_of,
     trainer_of,
