@@ -49,7 +49,7 @@ from onward.models import Dataset, build_for, load, loaders
 from onward.passes import ops
 from onward.passes.errors import ExportError
 from onward.runtime.export.save import export
-from onward.runtime.onnx import Folder, Settings, Trainer, read_folder
+from onward.runtime.onnx import Folder, Settings, Trainer, read_folder, write_trained
 from onward.runtime.onnx.data import read_splits
 from onward.runtime.onnx.fused import StepInput
 from onward.runtime.onnx.session import Device, Model
@@ -293,16 +293,14 @@ def _times(case: Case, folder: Folder, perturbed: bool) -> list[str]:
 
 def _inference(folder: Folder, *, constant: bool) -> ort.InferenceSession:
     """The model in evaluation mode on one thread, its weights constant or inputs."""
-    model = onnx.load(str(folder.file("inference.onnx")))
-    held = {tensor.name for tensor in model.graph.initializer}
+    path = folder.file("inference.onnx")
     if constant:
-        kept = [value for value in model.graph.input if value.name not in held]
-        del model.graph.input[:]
-        model.graph.input.extend(kept)
+        path = folder.path.with_name("constant.onnx")
+        write_trained(folder, {}, path)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def accuracy(seeds: list[int]) -> Table:

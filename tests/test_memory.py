@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import onward
+import onward.runtime.program  # registers the operators' kernels, which cases below call
 from onward import LikelihoodRatio, models
 from onward.compiler.driver import compile_model
 from onward.compiler.program import CompiledModel
@@ -37,13 +37,7 @@ from onward.runtime.schedule.tasks import make_tasks
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums of several threads take buffers of their own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # sums of several threads take buffers of their own
 
 
 def peak_of_tensors(run: Callable[[], object]) -> int:

@@ -52,13 +52,7 @@ from onward.runtime.onnx.write import write_trained
 from onward.runtime.training.evaluation import accuracy
 from onward.runtime.training.update import update
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,14 +36,7 @@ from onward.runtime.execution.step import Step
 from onward.runtime.execution.threads import TRIALS, ThreadedExecutor, _Trial
 from onward.runtime.plan import Action, Gradient, Perturb
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Bits are compared at one intra-op thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pair(case: str, workers: int = 2, loss: Any = F.cross_entropy) -> tuple[onward.Program, onward.Program]:

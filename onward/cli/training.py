@@ -13,18 +13,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..models.augment import AUGMENTATIONS
 from ..passes.errors import OptionError, unknown_name
+from ..runtime.training.schedules import SCHEDULES
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0,
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * min(done, 1.0))),
-}
-"""What the learning rate is multiplied with, by the share of the run's steps that are done."""
 
 
 @dataclass(frozen=True)

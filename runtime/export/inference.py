@@ -19,7 +19,7 @@ from ...compiler.whole import capture_whole
 from ...passes.errors import ExportError
 from ...passes.graph import Role, outputs, placeholders
 from ..program import Program
-from ..training.evaluation import evaluating
+from ..training.evaluation import evaluating, without
 from .recorder import Recorder
 from .step import extents, held
 
@@ -34,12 +34,11 @@ def inference_model(r: Recorder, model: nn.Module, example: Any, about: str) -> 
     with evaluating(model):
         captured = (capture_whole if r.whole else capture)(model, example)
     module = captured.module
-    results = [(output, node) for output, node in outputs(module) if output.kind == "output"]
     keys = input_keys(module)
     kinds = [described(node.meta["val"], node.name) for node in placeholders(module)]
     run = fx.Interpreter(module).run
-    wanted = [place for place, (output, _) in enumerate(outputs(module)) if output.kind == "output"]
-    graph = r.trace(lambda *values: [run(*values)[place] for place in wanted], kinds, False)
+    results = {place: output for place, (output, _) in enumerate(outputs(module)) if output.kind == "output"}
+    graph = r.trace(lambda *values: [run(*values)[place] for place in results], kinds, False)
     b = Builder("model")
     values, defaults = [], {}
     for key, kind in zip(keys, kinds, strict=True):
@@ -52,7 +51,7 @@ def inference_model(r: Recorder, model: nn.Module, example: Any, about: str) -> 
         assert isinstance(kind, Like)
         values.append(b.input(key, *extents(_whole(r, kind))))
     found, vals = emit(Emission(b), graph, values, "model")
-    for (output, _), value, val in zip(results, found, vals, strict=True):
+    for output, value, val in zip(results.values(), found, vals, strict=True):
         b.output(f"output:{output.name}", value, *extents(described(val, output.name)))
     made = b.model(about)
     made.graph.initializer.extend(
@@ -88,7 +87,7 @@ def class_numbers(program: Program, batch: Any, target: Any) -> dict[str, dict[s
             return True
 
         sizes = [x.shape[dim] for x in scores for dim in {1, x.dim() - 1} if 0 < dim < x.dim()
-                 and _without(x, dim) == leaf.shape]  # fmt: skip
+                 and without(x.shape, dim) == leaf.shape]  # fmt: skip
         classes = next((size for size in sizes if takes(size - 1) and not takes(size)), None)
         if classes is not None:
             usual = {-100, -1, 255, *leaf.unique().tolist()} - set(range(classes))
@@ -105,10 +104,6 @@ def token_numbers(program: Program) -> dict[str, dict[str, Any]]:
             key = f"input:{node.args[1].meta['target']}"
             found[key] = {"classes": min(rows, found.get(key, {}).get("classes", rows))}
     return found
-
-
-def _without(x: Tensor, dim: int) -> torch.Size:
-    return torch.Size(size for place, size in enumerate(x.shape) if place != dim)
 
 
 def _whole(r: Recorder, kind: Like) -> Like:

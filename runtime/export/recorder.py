@@ -60,15 +60,16 @@ class Recorder:
         self.kinds["runtime:sigmas"] = Like(tuple(sigmas.shape), sigmas.dtype)
         self.kinds["runtime:step"] = Like((), torch.int64)
         self.kinds["runtime:lr"] = Like((), torch.float32)
-        if self.program.feedback is not None:
-            for site, jacobian in self.program.feedback.jacobians.items():
-                self.kinds[f"runtime:feedback.{site}"] = Like(tuple(jacobian.shape), jacobian.dtype)
-            for name, value in zip(NAMES, self.counters().tensors(), strict=True):
-                self.kinds[f"feedback:{name}"] = Like(tuple(value.shape), value.dtype)
+        self.kinds |= {key: Like(tuple(value.shape), value.dtype) for key, value in self.learned().items()}
 
-    def counters(self) -> Counters:
-        assert self.program.feedback is not None
-        return Counters.of(self.program.feedback, self.program.next_probe)
+    def learned(self) -> dict[str, Tensor]:
+        """What feedback has learned, by key."""
+        feedback = self.program.feedback
+        if feedback is None:
+            return {}
+        counters = Counters.of(feedback, self.program.next_probe).tensors()
+        found = {f"runtime:feedback.{site}": jacobian for site, jacobian in feedback.jacobians.items()}
+        return found | {f"feedback:{name}": value for name, value in zip(NAMES, counters, strict=True)}
 
     def state(self) -> dict[str, Tensor]:
         read = {key for task in self.tasks for key in task.reads}
@@ -76,12 +77,7 @@ class Recorder:
         state |= _distinct({f"buffer:{name}": value for name, value in self.buffers.items()}, read)
         state |= {f"optimizer:{name}": value for name, value in self.moments.items()}
         state["optimizer:steps"] = torch.tensor(self.optimizer.steps)
-        if self.program.feedback is not None:
-            for site, jacobian in self.program.feedback.jacobians.items():
-                state[f"runtime:feedback.{site}"] = jacobian
-            for name, value in zip(NAMES, self.counters().tensors(), strict=True):
-                state[f"feedback:{name}"] = value
-        return state
+        return state | self.learned()
 
     def trace(self, function: Callable[..., Sequence[Any]], kinds: Sequence[Described], strict: bool) -> fx.GraphModule:
         """A whole graph is a batch of one."""
@@ -129,9 +125,9 @@ class Recorder:
         ends = [(f"{output.kind}:{output.name}", node) for output, node in outputs(module)]
         writes = tuple(written(part) for key, node in ends for part in _parts(key, node))
         reads = tuple(map(renamed, kinds))
-        for key in reads:
+        for key, kind in zip(reads, kinds.values(), strict=True):
             if key not in copies:
-                self.kinds.setdefault(key, kinds.get(key, self.kinds.get(key)))  # type: ignore[arg-type]
+                self.kinds.setdefault(key, kind)
         used = {key: ids for key, ids in copies.items() if key in kinds}
         graph = self.trace(flat, list(kinds.values()), False)
         self._record(name, graph, reads, writes, tuple(kinds.values()), copies=used, **more)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from ...compiler.files import check_writable
 from ...passes.errors import OnwardError, OptionError
+from ..training.schedules import SCHEDULES
 from .data import read_splits
 from .folder import Folder, read_folder
 from .session import Device
-from .trainer import EXECUTORS, SCHEDULES, Record, Settings, Trainer
+from .trainer import EXECUTORS, Record, Settings, Trainer
 from .write import check_onnx, write_trained
 
 

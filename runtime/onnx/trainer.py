@@ -15,18 +15,13 @@ import numpy as np
 
 from ...compiler.files import replacing
 from ...passes.errors import BatchError, CheckpointError, NonFiniteLossError, OptionError
+from ..training.schedules import SCHEDULES
 from ..training.stop_request import StopRequest
 from .data import Judge, Score, Split
 from .folder import Folder, loaded, read_arrays
 from .fused import FusedSteps, StepInput
 from .pipeline import TaskSteps
 from .session import Device, Value
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0,
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * min(done, 1.0))),
-}
-"""What the learning rate is multiplied with, by the share of the run's steps that are done."""
 
 EXECUTORS = ("fused", "tasks")
 

@@ -24,7 +24,7 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
     because there are as many classes as positions, they are taken for (N, C, …). Positions whose class is -100, the
     ``ignore_index`` of torch's cross-entropy, do not count, and samples without any other are left out.
     """
-    places = [dim for dim in (1, -1) if output.dim() > 1 and _without(output.shape, dim) == target.shape]
+    places = [dim for dim in (1, -1) if output.dim() > 1 and without(output.shape, dim) == target.shape]
     if target.is_floating_point() or not places:
         raise OptionError(
             "the metric 'accuracy' compares class scores (N, C, …) or (N, …, C) with whole class numbers (N, …), not "
@@ -42,7 +42,8 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
 IGNORED = -100
 
 
-def _without(shape: torch.Size, dim: int) -> torch.Size:
+def without(shape: torch.Size, dim: int) -> torch.Size:
+    """A shape without one of its dimensions, which may be counted from the end."""
     return torch.Size(size for place, size in enumerate(shape) if place != dim % len(shape))
 
 

@@ -35,8 +35,8 @@ def _convolution(
     if groups == 1 and not transposed and rank == 2 and math.prod(extents) <= SMALL:
         kernel = [static(size) for size in weight.shape[2:]]
         steps, gaps = _each(stride, rank), _each(dilation, rank)
-        starts = [[p * d for p, d in zip(place, gaps, strict=True)] for place in _places(kernel)]
-        rows = _windows(e, x, _each(padding, rank), starts, extents, steps)
+        starts = [[p * d for p, d in zip(place, gaps, strict=True)] for place in places(kernel)]
+        rows = windows(e, x, _each(padding, rank), starts, extents, steps)
         columns = e.op("Transpose", weight, perm=[2, 3, 1, 0])
         return _maps(e, rows, columns, bias, static(weight.shape[0]), extents)
     common: dict[str, Any] = {
@@ -54,15 +54,16 @@ weight is not known when the session is made (measured with onnxruntime 1.32 on 
 4 x 4, and slower at 8 x 8)."""
 
 
-def _places(kernel: Sequence[int]) -> list[tuple[int, ...]]:
+def places(kernel: Sequence[int]) -> list[tuple[int, ...]]:
+    """Every place of a kernel, in the order of its elements."""
     return list(product(*(range(size) for size in kernel)))
 
 
-def _windows(
+def _parts(
     e: Emission, x: str, padding: Sequence[int], starts: Sequence[Sequence[int]], extents: Sequence[int],
     stride: Sequence[int],
-) -> str:  # fmt: skip
-    """What every output position reads, ``(N · positions, places · channels)``, of x ``(N, channels, …)``."""
+) -> list[str]:  # fmt: skip
+    """What every output position reads at each place, ``(N, …positions, channels)``, of x ``(N, channels, …)``."""
     rank = len(extents)
     last = e.op("Transpose", x, perm=[0, *range(2, rank + 2), 1])
     if any(padding):
@@ -72,13 +73,22 @@ def _windows(
     for start in starts:
         ends = [a + (n - 1) * s + 1 for a, n, s in zip(start, extents, stride, strict=True)]
         parts.append(e.op("Slice", last, e.b.ints(start), e.b.ints(ends), axes, steps))
-    return parts[0] if len(parts) == 1 else e.op("Concat", *parts, axis=rank + 1)
+    return parts
 
 
-def _maps(e: Emission, windows: str, columns: str, bias: str | None, channels: int, extents: Sequence[int]) -> str:
+def windows(
+    e: Emission, x: str, padding: Sequence[int], starts: Sequence[Sequence[int]], extents: Sequence[int],
+    stride: Sequence[int],
+) -> str:  # fmt: skip
+    """What every output position reads, ``(N, …positions, places · channels)``, of x ``(N, channels, …)``."""
+    parts = _parts(e, x, padding, starts, extents, stride)
+    return parts[0] if len(parts) == 1 else e.op("Concat", *parts, axis=len(extents) + 1)
+
+
+def _maps(e: Emission, rows: str, columns: str, bias: str | None, channels: int, extents: Sequence[int]) -> str:
     """Windows times columns ``(…places, inner, channels)``, as maps ``(N, channels, …)``."""
     matrix = e.op("Reshape", columns, e.b.ints([-1, channels]))
-    rows = e.op("MatMul", windows, matrix)
+    rows = e.op("MatMul", rows, matrix)
     rows = rows if bias is None else e.op("Add", rows, bias)
     return e.op("Transpose", rows, perm=[0, len(extents) + 1, *range(1, len(extents) + 1)])
 
@@ -95,75 +105,67 @@ def _convolution_backward(
     steps, pads, gaps = _each(stride, rank), _each(padding, rank), _each(dilation, rank)
     kernel = [static(size) for size in weight.shape[2:]]
     found: list[str | None] = [None, None, None]
-    if transposed:  # as a convolution with the roles of inputs and cotangent exchanged
+    if mask[0] and transposed:
         if any(extra >= step for extra, step in zip(_each(output_padding, rank), steps, strict=True)):
             raise ExportError(
                 "the derivative of a transposed convolution whose output padding is not below its stride."
             )
-        if mask[0]:
-            found[0] = e.op(
-                "Conv", grad, weight, strides=steps, pads=_pads(pads, rank), dilations=gaps, group=groups,
-                kernel_shape=kernel,
-            )  # fmt: skip
-        if mask[1]:
-            found[1] = _by_weight(e, x, grad, weight, steps, pads, gaps, groups)
-        if mask[2]:
-            found[2] = e.op("ReduceSum", grad, e.b.ints([0, *range(2, grad.rank)]), keepdims=0)
-        return found
-    inner = [static(size) for size in x.shape[2:]]
-    if mask[0] and groups == 1 and rank == 2 and set(steps) == set(gaps) == {1} and math.prod(inner) <= SMALL:
-        starts = [[k - 1 - p for k, p in zip(kernel, place, strict=True)] for place in _places(kernel)]
-        turned = [k - 1 - p for k, p in zip(kernel, pads, strict=True)]
-        if min(turned) >= 0:
-            windows = _windows(e, grad, turned, starts, inner, steps)
-            columns = e.op("Transpose", weight, perm=[2, 3, 0, 1])
-            found[0] = _maps(e, windows, columns, None, static(weight.shape[1]), inner)
-    if mask[0] and found[0] is None:
-        extra = [
-            static(x.shape[2 + d])
-            - ((static(grad.shape[2 + d]) - 1) * steps[d] - 2 * pads[d] + gaps[d] * (kernel[d] - 1) + 1)
-            for d in range(rank)
-        ]
         found[0] = e.op(
-            "ConvTranspose", grad, weight, strides=steps, pads=_pads(pads, rank), dilations=gaps, group=groups,
-            output_padding=extra, kernel_shape=kernel,
+            "Conv", grad, weight, strides=steps, pads=_pads(pads, rank), dilations=gaps, group=groups,
+            kernel_shape=kernel,
         )  # fmt: skip
-    if mask[1]:
-        found[1] = _by_weight(e, grad, x, weight, steps, pads, gaps, groups)
+    elif mask[0]:
+        found[0] = _by_inputs(e, grad, x, weight, steps, pads, gaps, groups)
+    if mask[1]:  # a transposed convolution exchanges the roles of inputs and cotangent
+        first, second = (x, grad) if transposed else (grad, x)
+        found[1] = _by_weight(e, first, second, weight, steps, pads, gaps, groups)
     if mask[2]:
         found[2] = e.op("ReduceSum", grad, e.b.ints([0, *range(2, grad.rank)]), keepdims=0)
     return found
+
+
+def _by_inputs(
+    e: Emission, grad: Value, x: Value, weight: Value, stride: list[int], padding: list[int], dilation: list[int],
+    groups: int,
+) -> str:  # fmt: skip
+    rank, kernel = x.rank - 2, [static(size) for size in weight.shape[2:]]
+    inner, outer = ([static(size) for size in each.shape[2:]] for each in (x, grad))
+    turned = [k - 1 - p for k, p in zip(kernel, padding, strict=True)]
+    plain = groups == 1 and rank == 2 and set(stride) == set(dilation) == {1} and min(turned) >= 0
+    if plain and math.prod(inner) <= SMALL:
+        starts = [[k - 1 - p for k, p in zip(kernel, place, strict=True)] for place in places(kernel)]
+        rows = windows(e, grad, turned, starts, inner, stride)
+        columns = e.op("Transpose", weight, perm=[2, 3, 0, 1])
+        return _maps(e, rows, columns, None, static(weight.shape[1]), inner)
+    extra = [
+        inner[d] - ((outer[d] - 1) * stride[d] - 2 * padding[d] + dilation[d] * (kernel[d] - 1) + 1)
+        for d in range(rank)
+    ]
+    return e.op(
+        "ConvTranspose", grad, weight, strides=stride, pads=_pads(padding, rank), dilations=dilation, group=groups,
+        output_padding=extra, kernel_shape=kernel,
+    )  # fmt: skip
 
 
 def _by_weight(
     e: Emission, grad: Value, x: Value, weight: Value, stride: list[int], padding: list[int], dilation: list[int],
     groups: int,
 ) -> str:  # fmt: skip
-    rank = x.rank - 2
     out_channels, inner = static(weight.shape[0]), static(weight.shape[1])
     kernel, extents = [static(s) for s in weight.shape[2:]], [static(s) for s in grad.shape[2:]]
-    padded = str(x)
-    if any(padding):
-        padded = e.op("Pad", x, e.b.ints([0, 0, *padding] * 2), e.scalar(0, x.dtype))
-    spatial = list(range(2, rank + 2))
     # (groups, channels, samples and positions) times (groups, samples and positions, inner)
-    rows = e.op(
-        "Reshape", e.op("Transpose", grad, perm=[1, 0, *spatial]), e.b.ints([groups, out_channels // groups, -1])
-    )
-    last = e.op("Transpose", padded, perm=[0, *spatial, 1])
-    axes = e.b.ints(range(1, rank + 1))
-    places = []
-    for place in _places(kernel):
-        starts = [p * d for p, d in zip(place, dilation, strict=True)]
-        ends = [a + (n - 1) * s + 1 for a, n, s in zip(starts, extents, stride, strict=True)]
-        part = e.op("Slice", last, e.b.ints(starts), e.b.ints(ends), axes, e.b.ints(stride))
+    by_channel = e.op("Transpose", grad, perm=[1, 0, *range(2, grad.rank)])
+    rows = e.op("Reshape", by_channel, e.b.ints([groups, out_channels // groups, -1]))
+    starts = [[p * d for p, d in zip(place, dilation, strict=True)] for place in places(kernel)]
+    products = []
+    for part in _parts(e, x, padding, starts, extents, stride):
         if groups == 1:
             columns = e.op("Reshape", part, e.b.ints([1, -1, inner]))
         else:
             split = e.op("Reshape", part, e.b.ints([-1, groups, inner]))
             columns = e.op("Transpose", split, perm=[1, 0, 2])
-        places.append(e.op("Unsqueeze", e.op("MatMul", rows, columns), e.b.ints([3])))
-    together = places[0] if len(places) == 1 else e.op("Concat", *places, axis=3)
+        products.append(e.op("Unsqueeze", e.op("MatMul", rows, columns), e.b.ints([3])))
+    together = products[0] if len(products) == 1 else e.op("Concat", *products, axis=3)
     return e.op("Reshape", together, e.b.ints([out_channels, inner, *kernel]))
 
 
