@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,6 +85,27 @@ class OutputGradient:
         rows = [each.reshape(len(losses), -1) for each in found]
         error = rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, 1)  # however an output lies
         return losses, error / len(losses)
+
+    def settled(self) -> bool:
+        """Whether the next call, with a shape seen before, runs a graph and nothing else, so that whoever has captured
+        it may replay it instead (`answered`). Not where the loss draws numbers, remembers something, or is due to be
+        compared."""
+        known = [traced for each in self._known.values() for _, traced in each]
+        due = (self._calls + 1) % CHECK_EVERY == 0
+        return bool(known) and not due and not any(traced.draws or traced.remembers for traced in known)
+
+    def answered(self) -> None:
+        """A call was replayed; it counts as one."""
+        self._calls += 1
+
+    @contextmanager
+    def unchecked(self) -> Iterator[None]:
+        """Calls in which the loss's code is not compared, and which do not count."""
+        held, self._calls = self._calls, 0
+        try:
+            yield
+        finally:
+            self._calls = held
 
     def _first(
         self, leaves: list[Any], spec: Any, target: Any, key: Tensor, shapes: Any, described: Any
