@@ -50,8 +50,11 @@ LAYOUTS = {
     "inner": ([6, 5], 0, 3),
     "none": ([3, 7, 61], -1, 1),
 }
+DENSE = {"bytes": ([1, 8, 131], 0, 1), "rows of bytes": ([3, 8, 49], 0, 1)}
+"""Samples of whole bytes, first."""
 ORDERS = {"pairs": [0, 2**31 + 3, -1, -(2**31) - 4], "mixed": [4, -1, 4, 0, -5], "one": [-12]}
 FLAGS = (False, True)
+SCALES = ("whole", "sample", "last")
 
 
 class Case(NamedTuple):
@@ -86,15 +89,18 @@ def noise_cases() -> Iterator[Case]:
 
 
 def sign_cases() -> Iterator[Case]:
-    for (where, layout), dtype, scaled in itertools.product(LAYOUTS.items(), DTYPES, ["whole", "sample", "last"]):
+    for (where, layout), dtype, scaled in itertools.product((LAYOUTS | DENSE).items(), DTYPES, SCALES):
         sizes, dim, _ = layout
         ids = torch.tensor(ORDERS["one" if where == "none" else "mixed"])
         x = normal(clean_shape(sizes, dim, len(ids)), dtype=dtype)
         x.view(-1)[::5] = 0.0
         others = [axis for axis in range(x.dim()) if axis != dim]
         scales = {"whole": x.abs().amax(), "sample": x.abs().amax(others, True), "last": x.abs().amax(-1, True)}
-        named = f"stochastic_sign {where} {dtype} {scaled}"
-        yield Case(named, "stochastic_sign", (x, scales[scaled], ids, SMALL_KEY, SITE, *layout))
+        drawn = (x, scales[scaled], ids, SMALL_KEY, SITE)
+        yield Case(f"stochastic_sign {where} {dtype} {scaled}", "stochastic_sign", (*drawn, *layout))
+        for domain in ops.DOMAINS:
+            named = f"pack_stochastic_signs {where} {dtype} {scaled} {domain}"
+            yield Case(named, "pack_stochastic_signs", (*drawn, domain, *layout))
     for domain, dim, dtype in itertools.product(ops.DOMAINS, [-1, 0, 1, 2], DTYPES):
         shape = [5, 31, 9]
         x = normal(shape, dtype=dtype)
@@ -206,7 +212,7 @@ def steps() -> Iterator[tuple[str, onward.LikelihoodRatio, set[str]]]:
     yield "learned feedback", onward.LikelihoodRatio.feedback_learned(**learned), used
     signs = {"perturb", "weighted_noise_sum", "pack_signs", "unpack_signs"}
     stochastic = onward.LikelihoodRatio(noise="laplace", copies=2, capture="stochastic")
-    yield "stochastic capture", stochastic, {*signs, "stochastic_sign"}
+    yield "stochastic capture", stochastic, {*signs, "stochastic_sign", "pack_stochastic_signs"}
     yield "ALR", onward.LikelihoodRatio.alr(copies=2), {*signs, "weighted_noise"}
 
 

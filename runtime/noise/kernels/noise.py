@@ -229,11 +229,7 @@ def stochastic_sign(
     """`runtime.noise.operators.stochastic_sign`, exactly."""
     layout = layout_of(sizes, dim, outer, samples_of(x, copies, sizes, dim, True))
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    extents = [1] * (x.dim() - scale.dim()) + list(scale.shape)
-    if scale.numel() == 1 or (dim >= 0 and scale.numel() == extents[dim] == x.shape[dim]):
-        values, inner = scale.contiguous(), math.prod(x.shape[dim + 1 :])  # one for all, or one a sample
-    else:
-        values, inner = scale.expand_as(x).contiguous(), 1
+    values, inner = scales_of(x, scale, dim)
     draws = capture_draws(copies.tolist())
     total = math.prod(layout)
     stochastic_sign_kernel[triton.cdiv(total, TILE), len(draws)](
@@ -242,6 +238,14 @@ def stochastic_sign(
         NAMES[scale.dtype], layout.rows > 1, TILE, **EXACT,
     )  # fmt: skip
     return result
+
+
+def scales_of(x: Tensor, scale: Tensor, dim: int) -> tuple[Tensor, int]:
+    """Scales such that the one of the element at place p of x is number ``p // inner``, counted around; and `inner`."""
+    extents = [1] * (x.dim() - scale.dim()) + list(scale.shape)
+    if scale.numel() == 1 or (dim >= 0 and scale.numel() == extents[dim] == x.shape[dim]):
+        return scale.contiguous(), math.prod(x.shape[dim + 1 :])  # one for all, or one a sample
+    return scale.expand_as(x).contiguous(), 1
 
 
 def bits(x: Tensor) -> Tensor:

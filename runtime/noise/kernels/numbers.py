@@ -89,7 +89,7 @@ def numbers(tile, draw, site_word, step, seed, noise: tl.constexpr, elements: tl
         return tl.reshape((bits & 1).to(tl.int32) * 2 - 1, [elements]).to(tl.float32)
     lane0, lane1, lane2, lane3 = words(tile * (elements // 4), draw, site_word, step, seed, elements // 4)
     if noise == "uniform":
-        return (in_order(lane0, lane1, lane2, lane3) >> 8).to(tl.int32).to(tl.float32) * (2.0**-24)
+        return uniform(in_order(lane0, lane1, lane2, lane3))
     lane0, lane1 = lane0.to(tl.int32, bitcast=True), lane1.to(tl.int32, bitcast=True)
     lane2, lane3 = lane2.to(tl.int32, bitcast=True), lane3.to(tl.int32, bitcast=True)
     if noise == "gaussian":
@@ -97,6 +97,34 @@ def numbers(tile, draw, site_word, step, seed, noise: tl.constexpr, elements: tl
         third, fourth = box_muller(lane2, lane3)
         return in_order(first, second, third, fourth)
     return in_order(laplace(lane0), laplace(lane1), laplace(lane2), laplace(lane3))
+
+
+@triton.jit
+def lanes_at(word, draw, site_word, step, seed):
+    """The Philox blocks that hold the 32-bit words number `word` of draws, four uint32; tensors of one shape."""
+    block = (word >> 2).to(tl.uint32)
+    zero = tl.zeros_like(block)
+    return tl.philox(seed, block, zero + draw.to(tl.uint32), zero + site_word.to(tl.uint32), zero + step.to(tl.uint32))
+
+
+@triton.jit
+def lane_of(word, lane0, lane1, lane2, lane3):
+    """Of four values a block the one that belongs to a word."""
+    lane = word & 3
+    return tl.where(lane < 2, tl.where(lane == 0, lane0, lane1), tl.where(lane == 2, lane2, lane3))
+
+
+@triton.jit
+def word_at(word, draw, site_word, step, seed):
+    """Words of draws, wherever they are, uint32: a block is made for each."""
+    lane0, lane1, lane2, lane3 = lanes_at(word, draw, site_word, step, seed)
+    return lane_of(word, lane0, lane1, lane2, lane3)
+
+
+@triton.jit
+def uniform(word):
+    """uint32 as a number in [0, 1)."""
+    return (word >> 8).to(tl.int32).to(tl.float32) * (2.0**-24)
 
 
 @triton.jit

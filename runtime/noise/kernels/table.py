@@ -27,6 +27,13 @@ _ROWS = (
     ),
     Kernel("stochastic_sign", definitions.stochastic_sign, noise.stochastic_sign, noise.stochastic_fits),
     Kernel("pack_signs", packing.pack_signs, signs.pack_signs, signs.pack_fits),
+    Kernel(
+        "pack_stochastic_signs",
+        packing.pack_stochastic_signs,
+        signs.pack_stochastic_signs,
+        signs.pack_stochastic_fits,
+        variant=signs.is_dense,
+    ),
     Kernel("unpack_signs", packing.unpack_signs, signs.unpack_signs, signs.unpack_fits),
     Kernel(
         "noise_product",
