@@ -111,6 +111,44 @@ def sign_cases() -> Iterator[Case]:
         yield Case(f"unpack_signs {domain} {dim} {dtype}", "unpack_signs", (packed, domain, sizes, dim, dtype))
 
 
+# (sizes of the noise, sizes of the signs) of a linear layer: samples in rows, with positions, as rows each
+LINEAR = (
+    ([1, 10], [1, 37]),
+    ([1, 7, 64], [1, 7, 21]),
+    ([5, 12], [5, 70]),
+    ([1, 2, 3, 17], [1, 2, 3, 9]),
+    ([1, 96], [1, 150]),
+)
+# (sizes of the noise, sizes of the signs, window, stride, padding, dilation)
+CONVOLUTIONS = (
+    ([1, 5, 4, 4], [1, 3, 8, 8], [3, 3], [2, 2], [1, 1], [1, 1]),
+    ([1, 16, 7, 7], [1, 2, 7, 7], [3, 3], [1, 1], [1, 1], [1, 1]),
+    ([1, 70, 3, 7], [1, 8, 7, 5], [3, 2], [2, 1], [0, 3], [1, 4]),
+    ([1, 6, 9], [1, 4, 20], [5], [2], [1], [1]),
+    ([1, 33, 8, 8], [1, 17, 8, 8], [1, 1], [1, 1], [0, 0], [1, 1]),
+)
+
+
+def gradient_cases() -> Iterator[Case]:
+    """Of weights, from packed signs, some of all combinations; every second without a bias."""
+    forms = [("packed_linear_gradient", each) for each in LINEAR]
+    forms += [("packed_convolution_gradient", each) for each in CONVOLUTIONS]  # type: ignore[misc]
+    rows = itertools.product(NOISES, ORDERS, DTYPES, ops.DOMAINS, FLAGS, ("exact", "sign"), forms)
+    for place, (noise, order, dtype, domain, scaled, score, (operator, (sizes, x_sizes, *rest))) in enumerate(thinned(rows, 29)):
+        copies = torch.tensor(ORDERS[order])
+        x = normal(clean_shape(x_sizes, 0, len(copies)), place)
+        x.view(-1)[::5] = 0.0
+        scale = normal([len(x), *[1] * (x.dim() - 1)], 1, dtype).abs() if scaled else None
+        weights = normal([len(copies), BATCH], 2, dtype)
+        signs = (packing.pack_signs(x, domain, 0), scale, domain, x_sizes, 0)
+        args: tuple[Any, ...] = (*signs, weights, copies, KEY, SITE, noise, score, sizes, 0, 1, dtype, place % 2 == 0)
+        if rest:
+            window, *described = rest
+            args = (*args, torch.empty(sizes[1], x_sizes[1], *window, dtype=dtype), *described)
+        named = f"{operator} {sizes} {x_sizes} {noise} {score} {order} {domain} {dtype} {'scaled' * scaled}"
+        yield Case(named, operator, args)
+
+
 def product_cases() -> Iterator[Case]:
     layouts = [Layout((1, 45), 0, 1), Layout((1, 3, 64), 0, 1), Layout((1, 1, 7), 1, 1), Layout((2, 5), 0, 1)]
     draws = torch.tensor([3, -2, 2**31 + 9, 0])
@@ -228,7 +266,7 @@ def check_step(estimator: onward.LikelihoodRatio, used: set[str], device: torch.
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
 
 
-def thinned(cases: Iterator[Case], stride: int) -> list[Case]:
+def thinned(cases: Iterable[Any], stride: int) -> list[Any]:
     """Every so-and-so-many case. A stride that shares no factor with the number of values of any column leaves every
     value of each with every value of any other."""
     return list(itertools.islice(cases, 0, None, stride))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ... import feedback
 from .. import operators as definitions
-from .. import packing
-from . import noise, product, signs
+from .. import packed_gradients, packing
+from . import gradients, noise, product, signs
 from .proof import Kernel
 
 _ROWS = (
@@ -35,6 +35,22 @@ _ROWS = (
         variant=signs.is_dense,
     ),
     Kernel("unpack_signs", packing.unpack_signs, signs.unpack_signs, signs.unpack_fits),
+    Kernel(
+        "packed_linear_gradient",
+        packed_gradients.packed_linear_gradient,
+        gradients.packed_linear_gradient,
+        gradients.linear_fits,
+        reference=gradients.reference_linear,
+        variant=lambda *given: gradients.linear_form(*given)[:3],
+    ),
+    Kernel(
+        "packed_convolution_gradient",
+        packed_gradients.packed_convolution_gradient,
+        gradients.packed_convolution_gradient,
+        gradients.convolution_fits,
+        reference=gradients.reference_convolution,
+        variant=lambda *given: gradients.convolution_form(*given)[:3],
+    ),
     Kernel(
         "noise_product",
         feedback.product_of_rows,
