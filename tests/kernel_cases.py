@@ -101,6 +101,9 @@ def sign_cases() -> Iterator[Case]:
         for domain in ops.DOMAINS:
             named = f"pack_stochastic_signs {where} {dtype} {scaled} {domain}"
             yield Case(named, "pack_stochastic_signs", (*drawn, domain, *layout))
+
+
+def packing_cases() -> Iterator[Case]:
     for domain, dim, dtype in itertools.product(ops.DOMAINS, [-1, 0, 1, 2], DTYPES):
         shape = [5, 31, 9]
         x = normal(shape, dtype=dtype)
@@ -134,7 +137,9 @@ def gradient_cases() -> Iterator[Case]:
     forms = [("packed_linear_gradient", each) for each in LINEAR]
     forms += [("packed_convolution_gradient", each) for each in CONVOLUTIONS]  # type: ignore[misc]
     rows = itertools.product(NOISES, ORDERS, DTYPES, ops.DOMAINS, FLAGS, ("exact", "sign"), forms)
-    for place, (noise, order, dtype, domain, scaled, score, (operator, (sizes, x_sizes, *rest))) in enumerate(thinned(rows, 29)):
+    for place, (noise, order, dtype, domain, scaled, score, (operator, (sizes, x_sizes, *rest))) in enumerate(
+        thinned(rows, 29)
+    ):
         copies = torch.tensor(ORDERS[order])
         x = normal(clean_shape(x_sizes, 0, len(copies)), place)
         x.view(-1)[::5] = 0.0
@@ -166,8 +171,19 @@ def product_cases() -> Iterator[Case]:
         yield Case(named, "noise_product", (right, rows, transposed, rows.alive))
 
 
+TABLES: tuple[tuple[Callable[[], Iterator[Case]], int, int], ...] = (
+    (noise_cases, 29, 7),
+    (sign_cases, 17, 5),
+    (packing_cases, 5, 5),
+    (gradient_cases, 7, 17),
+    (product_cases, 5, 1),
+)
+"""And one in how many the interpreter takes, a tenth of a second a case, and of those that differ in more than sizes
+the compiler, a second each."""
+
+
 def all_cases() -> Iterator[Case]:
-    yield from itertools.chain(noise_cases(), sign_cases(), product_cases())
+    yield from itertools.chain(*(cases() for cases, _, _ in TABLES))
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -219,17 +235,32 @@ def check_any_packing(device: torch.device) -> None:
     pack_and_unpack()
 
 
+def check_stretches_and_chains(device: torch.device) -> None:
+    """A sum of one stretch and many chains, where it would be of many stretches; and the same bits a second time."""
+    from onward.runtime.noise.kernels import gradients
+
+    case = next(case for case in gradient_cases() if "[1, 17, 8, 8]" in case.name and "float32" in case.name)
+    there = [moved(value, device) for value in case.args]
+    assert gradients.convolution_form(*case.args).stretches > 1
+    assert torch.equal(*(gradients.packed_convolution_gradient(*there) for _ in range(2)))
+    with mock.patch.multiple(gradients, PROGRAMS=1, CHAIN=64):
+        assert gradients.convolution_form(*case.args).stretches == 1
+        check(case, device)
+
+
 def other_checks() -> Iterator[tuple[str, Callable[[torch.device], None]]]:
     for dtype, tiled in itertools.product(DTYPES, FLAGS):
         yield f"a scale of zero {dtype} {tiled}", partial(check_scale_of_zero, dtype, tiled)
     yield "any packing", check_any_packing
+    yield "stretches and chains", check_stretches_and_chains
 
 
 def small_net(device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
     """And a batch."""
     x, y = torch.rand(5, 1, 6, 6, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 0, 1])
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 7), nn.ReLU(), nn.Linear(7, 3))
+    convolutions = nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU()
+    model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(16, 7), nn.ReLU(), nn.Linear(7, 3))
     return model.to(device), x.to(device), y.to(device)
 
 
@@ -249,9 +280,11 @@ def steps() -> Iterator[tuple[str, onward.LikelihoodRatio, set[str]]]:
     used = {"perturb", "weighted_noise_sum", "noise_product"}
     yield "learned feedback", onward.LikelihoodRatio.feedback_learned(**learned), used
     signs = {"perturb", "weighted_noise_sum", "pack_signs", "unpack_signs"}
-    stochastic = onward.LikelihoodRatio(noise="laplace", copies=2, capture="stochastic")
-    yield "stochastic capture", stochastic, {*signs, "stochastic_sign", "pack_stochastic_signs"}
-    yield "ALR", onward.LikelihoodRatio.alr(copies=2), {*signs, "weighted_noise"}
+    drawn = {"stochastic_sign", "pack_stochastic_signs"}
+    own = {"weighted_noise", "packed_linear_gradient", "packed_convolution_gradient"}  # captures of the copies' own
+    stochastic = onward.LikelihoodRatio(noise="laplace", copies=2, capture="stochastic", groups="joint")
+    yield "stochastic capture", stochastic, signs | drawn | own
+    yield "ALR", onward.LikelihoodRatio.alr(copies=2), signs | own
 
 
 def check_step(estimator: onward.LikelihoodRatio, used: set[str], device: torch.device) -> None:
@@ -273,8 +306,7 @@ def thinned(cases: Iterable[Any], stride: int) -> list[Any]:
 
 
 def interpreted() -> Iterator[tuple[str, Callable[[], None]]]:
-    """The interpreter takes a tenth of a second a case."""
-    for case in [*thinned(noise_cases(), 29), *thinned(sign_cases(), 5), *thinned(product_cases(), 5)]:
+    for case in itertools.chain.from_iterable(thinned(cases(), stride) for cases, stride, _ in TABLES):
         yield case.name, partial(check, case, CPU)
     for name, other in other_checks():
         yield name, partial(other, CPU)
@@ -301,12 +333,14 @@ def compiled() -> Iterator[tuple[str, Callable[[], None]]]:
         assert "cubin" in result.asm
         fused = re.findall(r"\b(?:fma|mad)\.\w*\.?f32|approx|ftz", result.asm["ptx"])
         assert not fused or self.fn.__module__.endswith("product"), f"not the definition's rounding: {fused}"
+        on_matrix_units = re.search(r"\bw?g?mma\.\S+\.tf32\.tf32", result.asm["ptx"])
+        assert on_matrix_units or not self.fn.__module__.endswith("gradients")
 
     JITFunction.run = compile_only
     from onward.runtime.noise.kernels.table import KERNELS
 
-    for cases, stride in ((noise_cases(), 7), (sign_cases(), 5), (product_cases(), 1)):
-        for case in thinned(distinct(cases), stride):
+    for cases, _, stride in TABLES:
+        for case in thinned(distinct(cases()), stride):
             yield case.name, partial(KERNELS[case.kernel].launch, *case.args)
 
 

@@ -46,8 +46,11 @@ class BoundModel:
         self.returned = [index for index, _ in returned(compiled.graph.graph)] if learns else []
         self.corrects = any(g.source == "corrected" for g in compiled.gradients)
         device = next(leaf[2] for leaf in compiled.captured.signature.leaves if isinstance(leaf, tuple))
-        fuse_own = fuse_packed_gradients if kernels.serves(device) else lambda module: module
-        self.gradients = {g.site.index: (_bound_gradient(fuse_own(g.module)), g) for g in compiled.gradients}
+        with_kernels = kernels.serves(device)
+        self.gradients = {
+            g.site.index: (_bound_gradient(fuse_packed_gradients(g.module) if with_kernels else g.module), g)
+            for g in compiled.gradients
+        }
         self.reached = {index: reach.to(device) for index, reach in compiled.reached.items()}
         self.readers = [
             {g.site.index for g in compiled.gradients if g.per_copy and g.run == run.index} for run in compiled.runs

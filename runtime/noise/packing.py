@@ -96,7 +96,9 @@ def pack_stochastic_signs(
     outer: int,
 ) -> Tensor:
     """`pack_signs` of ``stochastic_sign(x, scale, …)`` (equation 3). Raises as both."""
-    return ops.pack_signs(ops.stochastic_sign(x, scale, copies, key, site, sizes, dim, outer), domain, dim)
+    signs = ops.stochastic_sign(x, scale, copies, key, site, sizes, dim, outer)
+    packed: Tensor = ops.pack_signs(signs, domain, dim)
+    return packed
 
 
 def unpack_signs(packed: Tensor, domain: str, sizes: Sequence[int], dim: int, dtype: torch.dtype) -> Tensor:

@@ -1,14 +1,14 @@
 """Kernels of weight gradients from packed signs (method.md 1 to 3): bits are read, noise is made again, and the product
 is all that is written.
 
-The gradient is a product of two matrices whose rows are (copy, sample, position): the weighted noise ``(rows, outputs)``
-and the activation ``(rows, columns)``, a column being an input, or of a convolution a channel and a place in its
-window. A program has a block of outputs × columns and a stretch of the rows, and makes both factors in registers.
+The gradient is a product of two matrices whose rows are (copy, sample, position): the weighted noise ``(rows,
+outputs)`` and the activation ``(rows, columns)``, a column being an input, or of a convolution a channel and a place in
+its window. A program has a block of outputs × columns and a stretch of the rows, and makes both factors in registers.
 
-Signs are exact in tf32, which has 11 of float32's 24 bits. A factor of float32 is cut into its upper 11 bits and the
-rest: two products on the matrix units, each exact to 2^-20, sums in float32. After `CHAIN` rows a sum starts anew and
-is added up, which keeps rounding errors small however many rows there are. Stretches depend on the sizes alone and
-are added in their order: two runs agree to the bit, on any device with as precise a unit.
+Matrix units take tf32, 11 of float32's 24 bits. Signs are exact in it; the other factor is cut into its upper 11 bits
+and the rest, which makes two products, exact but for 2^-20, and sums in float32. After `CHAIN` rows a sum starts anew
+and is added to that of others: rounding errors stay small however many rows there are. Stretches depend on the sizes
+alone and are added in their order: two runs agree to the bit.
 """
 
 from __future__ import annotations
@@ -26,18 +26,7 @@ from ....passes.ops import DOMAINS
 from ..packed_gradients import Factors, convolution_gradient, linear_gradient
 from ..philox import Purpose
 from .noise import MAX_ELEMENTS, NAMES, bits, covered, key_words, words_on
-from .numbers import (
-    EXACT,
-    box_muller,
-    in_order,
-    lane_of,
-    lanes_at,
-    laplace,
-    read,
-    rounded,
-    scored,
-    word_at,
-)
+from .numbers import EXACT, block_of, in_order, lane_of, lanes_at, read, rounded, scored, word_at
 from .signs import read_bits
 
 ROWS, OUTPUTS, COLUMNS = 32, 64, 64
@@ -61,18 +50,15 @@ def noise_at(
         word = word_at(first >> 5, draw, site_word, step, seed)
         place = (first & 31)[:, :, None] + tl.arange(0, group)[None, None, :]
         bit = (word[:, :, None] >> place.to(tl.uint32)) & 1
-        return tl.reshape(bit.to(tl.int32) * 2 - 1, [height, width]).to(tl.float32)
-    lane0, lane1, lane2, lane3 = lanes_at(first, draw, site_word, step, seed)
-    lane0, lane1 = lane0.to(tl.int32, bitcast=True), lane1.to(tl.int32, bitcast=True)
-    lane2, lane3 = lane2.to(tl.int32, bitcast=True), lane3.to(tl.int32, bitcast=True)
-    if noise == "gaussian":
-        value0, value1 = box_muller(lane0, lane1)
-        value2, value3 = box_muller(lane2, lane3)
+        values = tl.reshape(bit.to(tl.int32) * 2 - 1, [height, width]).to(tl.float32)
     else:
-        value0, value1, value2, value3 = laplace(lane0), laplace(lane1), laplace(lane2), laplace(lane3)
-    if group == 4:
-        return in_order(value0, value1, value2, value3)
-    return lane_of(first, value0, value1, value2, value3)
+        lane0, lane1, lane2, lane3 = lanes_at(first, draw, site_word, step, seed)
+        value0, value1, value2, value3 = block_of(lane0, lane1, lane2, lane3, noise)
+        if group == 4:
+            values = in_order(value0, value1, value2, value3)
+        else:
+            values = lane_of(first, value0, value1, value2, value3)
+    return values
 
 
 @triton.jit
@@ -85,11 +71,11 @@ def weighted(values, factor, noise: tl.constexpr, score: tl.constexpr, narrow: t
 @triton.jit
 def product(left, right, total, exact: tl.constexpr):
     """``total + left @ right``; one factor is of signs, and the other float32 or, if `exact`, of 11 bits at most."""
-    if exact:
-        return tl.dot(left, right, total, input_precision="tf32")
-    upper = (left.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    total = tl.dot(upper, right, total, input_precision="tf32")
-    return tl.dot(left - upper, right, total, input_precision="tf32")
+    upper = left
+    if not exact:
+        upper = (left.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        total = tl.dot(left - upper, right, total, input_precision="tf32")
+    return tl.dot(upper, right, total, input_precision="tf32")
 
 
 @triton.jit(do_not_specialize=["site_word", "step", "seed"])
@@ -267,7 +253,8 @@ def packed_linear_gradient(*given: Any) -> Tensor:
     positions, inner = math.prod(factors.sizes[:-1]), math.prod(factors.x_sizes[1:-1])
     outputs, columns = factors.sizes[-1], factors.x_sizes[-1]
     numbers = (factors.weights.shape[1], positions, outputs, columns, inner, *_strides(factors.packed))
-    return _launched(linear_kernel, factors, linear_form(*given), factors.samples * positions, outputs, columns, numbers)
+    form = linear_form(*given)
+    return _launched(linear_kernel, factors, form, factors.samples * positions, outputs, columns, numbers)
 
 
 def packed_convolution_gradient(*given: Any) -> Tensor:

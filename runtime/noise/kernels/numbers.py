@@ -78,6 +78,19 @@ def laplace(lane):
 
 
 @triton.jit
+def block_of(lane0, lane1, lane2, lane3, noise: tl.constexpr):
+    """The four numbers of Philox blocks, "gaussian" or "laplace"."""
+    lane0, lane1 = lane0.to(tl.int32, bitcast=True), lane1.to(tl.int32, bitcast=True)
+    lane2, lane3 = lane2.to(tl.int32, bitcast=True), lane3.to(tl.int32, bitcast=True)
+    if noise == "gaussian":
+        value0, value1 = box_muller(lane0, lane1)
+        value2, value3 = box_muller(lane2, lane3)
+    else:
+        value0, value1, value2, value3 = laplace(lane0), laplace(lane1), laplace(lane2), laplace(lane3)
+    return value0, value1, value2, value3
+
+
+@triton.jit
 def numbers(tile, draw, site_word, step, seed, noise: tl.constexpr, elements: tl.constexpr):
     """Elements ``tile * elements …`` of a draw as float32 (elements,): a noise, or "uniform" numbers.
 
@@ -90,13 +103,8 @@ def numbers(tile, draw, site_word, step, seed, noise: tl.constexpr, elements: tl
     lane0, lane1, lane2, lane3 = words(tile * (elements // 4), draw, site_word, step, seed, elements // 4)
     if noise == "uniform":
         return uniform(in_order(lane0, lane1, lane2, lane3))
-    lane0, lane1 = lane0.to(tl.int32, bitcast=True), lane1.to(tl.int32, bitcast=True)
-    lane2, lane3 = lane2.to(tl.int32, bitcast=True), lane3.to(tl.int32, bitcast=True)
-    if noise == "gaussian":
-        first, second = box_muller(lane0, lane1)
-        third, fourth = box_muller(lane2, lane3)
-        return in_order(first, second, third, fourth)
-    return in_order(laplace(lane0), laplace(lane1), laplace(lane2), laplace(lane3))
+    value0, value1, value2, value3 = block_of(lane0, lane1, lane2, lane3, noise)
+    return in_order(value0, value1, value2, value3)
 
 
 @triton.jit
