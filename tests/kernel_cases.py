@@ -53,7 +53,11 @@ LAYOUTS = {
 DENSE = {"bytes": ([1, 8, 131], 0, 1), "rows of bytes": ([3, 8, 49], 0, 1)}
 """Samples of whole bytes, first."""
 ORDERS = {"pairs": [0, 2**31 + 3, -1, -(2**31) - 4], "mixed": [4, -1, 4, 0, -5], "one": [-12]}
+ODD = [14972, ~40308]
+"""Draws that were looked for: of `KEY` and `SITE` the first has two Gaussian zeros and one of Laplace from element 630
+on, the other the cosine of a quarter turn at element 1088."""
 FLAGS = (False, True)
+SCORES, WEIGHTING = ("exact", "sign"), ("weighted_noise", "weighted_noise_sum")
 SCALES = ("whole", "sample", "last")
 
 
@@ -83,9 +87,16 @@ def noise_cases() -> Iterator[Case]:
                 alive = normal(clean_shape(sizes, dim), 1) > 0 if masked else None
                 args = (z, copies, KEY, SIGMAS, SITE, noise, *layout, tiled, alive)
                 yield Case(f"perturb {named} {'tiled' * tiled} {'masked' * masked}", "perturb", args)
-            for score, operator in itertools.product(["exact", "sign"], ["weighted_noise", "weighted_noise_sum"]):
+            for score, operator in itertools.product(SCORES, WEIGHTING):
                 weights = normal([len(copies), BATCH], dtype=dtype)
                 yield Case(f"{operator} {named} {score}", operator, (weights, copies, KEY, SITE, noise, score, *layout))
+
+
+def sign_of_noise_cases() -> Iterator[Case]:
+    """Where the sign of a number is not its lane's."""
+    for noise, score, operator, dtype in itertools.product(("gaussian", "laplace"), SCORES, WEIGHTING, DTYPES):
+        args = (normal([2, BATCH], dtype=dtype), torch.tensor(ODD), KEY, SITE, noise, score, *LAYOUTS["first"])
+        yield Case(f"{operator} {noise} {score} {dtype} odd signs", operator, args)
 
 
 def sign_cases() -> Iterator[Case]:
@@ -122,6 +133,7 @@ LINEAR = (
     ([1, 2, 3, 17], [1, 2, 3, 9]),
     ([1, 96], [1, 150]),
 )
+ODD_LINEAR = (([1, 407], [1, 9]), ([1, 408], [1, 9]))
 # (sizes of the noise, sizes of the signs, window, stride, padding, dilation)
 CONVOLUTIONS = (
     ([1, 5, 4, 4], [1, 3, 8, 8], [3, 3], [2, 2], [1, 1], [1, 1]),
@@ -152,6 +164,11 @@ def gradient_cases() -> Iterator[Case]:
             args = (*args, torch.empty(sizes[1], x_sizes[1], *window, dtype=dtype), *described)
         named = f"{operator} {sizes} {x_sizes} {noise} {score} {order} {domain} {dtype} {'scaled' * scaled}"
         yield Case(named, operator, args)
+    for noise, (sizes, x_sizes), dtype in itertools.product(("gaussian", "laplace"), ODD_LINEAR, DTYPES):
+        packed = packing.pack_signs(normal(clean_shape(x_sizes, 0, 2)), "signed", 0)
+        drawn = (normal([2, BATCH], dtype=dtype), torch.tensor(ODD), KEY, SITE, noise, "sign", sizes, 0, 1)
+        args = (packed, None, "signed", x_sizes, 0, *drawn, dtype, True)
+        yield Case(f"packed_linear_gradient {sizes} {noise} {dtype} odd signs", "packed_linear_gradient", args)
 
 
 def product_cases() -> Iterator[Case]:
@@ -173,6 +190,7 @@ def product_cases() -> Iterator[Case]:
 
 TABLES: tuple[tuple[Callable[[], Iterator[Case]], int, int], ...] = (
     (noise_cases, 29, 7),
+    (sign_of_noise_cases, 5, 5),
     (sign_cases, 17, 5),
     (packing_cases, 5, 5),
     (gradient_cases, 7, 17),

@@ -26,7 +26,7 @@ from ....passes.ops import DOMAINS
 from ..packed_gradients import Factors, convolution_gradient, linear_gradient
 from ..philox import Purpose
 from .noise import MAX_ELEMENTS, NAMES, bits, covered, key_words, words_on
-from .numbers import EXACT, block_of, in_order, lane_of, lanes_at, read, rounded, scored, word_at
+from .numbers import EXACT, block_of, by_sign, in_order, lane_of, lanes_at, read, rounded, scored, word_at
 from .signs import read_bits
 
 ROWS, OUTPUTS, COLUMNS = 32, 64, 64
@@ -42,10 +42,10 @@ PROGRAMS, STEPS = 512, 4
 @triton.jit
 def noise_at(
     first, draw, site_word, step, seed,
-    noise: tl.constexpr, group: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
+    noise: tl.constexpr, signs: tl.constexpr, group: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Groups of consecutive elements of draws as float32, (height, width): `first` and `draw` (height, width / group)
-    are the first element of each group, a multiple of its size, and what it is of."""
+    """Groups of consecutive elements of draws, or their signs, as float32 (height, width): `first` and `draw`, (height,
+    width / group), are the first element of each group, a multiple of its size, and what it is of."""
     if noise == "rademacher":
         word = word_at(first >> 5, draw, site_word, step, seed)
         place = (first & 31)[:, :, None] + tl.arange(0, group)[None, None, :]
@@ -53,7 +53,7 @@ def noise_at(
         values = tl.reshape(bit.to(tl.int32) * 2 - 1, [height, width]).to(tl.float32)
     else:
         lane0, lane1, lane2, lane3 = lanes_at(first, draw, site_word, step, seed)
-        value0, value1, value2, value3 = block_of(lane0, lane1, lane2, lane3, noise)
+        value0, value1, value2, value3 = block_of(lane0, lane1, lane2, lane3, noise, signs)
         if group == 4:
             values = in_order(value0, value1, value2, value3)
         else:
@@ -91,6 +91,7 @@ def linear_kernel(
     first_output = tl.program_id(1) * height
     output = first_output + tl.arange(0, height)
     heads = (first_output + tl.arange(0, height // group) * group)[None, :]
+    signs: tl.constexpr = by_sign(noise, score, narrow)
     begin = tl.program_id(2) * stretch
     end = tl.minimum(begin + stretch, count)
     total, total_bias = tl.zeros([height, width], tl.float32), tl.zeros([height], tl.float32)
@@ -103,9 +104,8 @@ def linear_kernel(
             draw = tl.load(draws + copy, exists, other=0)
             factor = read(weights + row // positions, exists, narrow) * tl.load(twins + copy, exists, other=0)
             element = (row - copy * (samples * positions))[:, None] * outputs + heads
-            values = noise_at(
-                element, tl.zeros_like(element) + draw[:, None], site_word, step, seed, noise, group, rows, height
-            )
+            draw = tl.zeros_like(element) + draw[:, None]
+            values = noise_at(element, draw, site_word, step, seed, noise, signs, group, rows, height)
             values = weighted(values, factor[:, None], noise, score, narrow, dtype)
             if bias:
                 part_bias += tl.sum(values, 0)
@@ -113,8 +113,8 @@ def linear_kernel(
                 values *= read(scale + row // inner, exists, dtype)[:, None]
             at = (row % inner)[:, None] * columns + column
             byte = (row // inner)[:, None] * row_bytes + (at >> 3)
-            signs = read_bits(packed, byte, at & 7, exists[:, None] & (column < columns), plane, domain)
-            part = product(tl.trans(values), signs.to(tl.float32), part, dtype != "float32" and not scaled)
+            plus = read_bits(packed, byte, at & 7, exists[:, None] & (column < columns), plane, domain)
+            part = product(tl.trans(values), plus.to(tl.float32), part, dtype != "float32" and not scaled)
         total += part
         total_bias += part_bias
     to = result + tl.program_id(2) * (outputs * (columns + (1 if bias else 0)))
@@ -138,6 +138,7 @@ def convolution_kernel(
     shift_y = column // window_width % window_height * dilation_y - padding_y
     shift_x = column % window_width * dilation_x - padding_x
     output = tl.program_id(1) * height + tl.arange(0, height)
+    signs: tl.constexpr = by_sign(noise, score, narrow)
     begin = tl.program_id(2) * stretch
     end = tl.minimum(begin + stretch, count)
     total, total_bias = tl.zeros([height, width], tl.float32), tl.zeros([height], tl.float32)
@@ -154,9 +155,8 @@ def convolution_kernel(
             draw = tl.load(draws + copy, head < end, other=0)
             element = ((head // area - copy * samples) * (outputs * area) + head % area)[None, :]
             element = element + output[:, None] * area
-            values = noise_at(
-                element, tl.zeros_like(element) + draw[None, :], site_word, step, seed, noise, group, height, rows
-            )
+            draw = tl.zeros_like(element) + draw[None, :]
+            values = noise_at(element, draw, site_word, step, seed, noise, signs, group, height, rows)
             values = weighted(values, factor[None, :], noise, score, narrow, dtype)
             if bias:
                 part_bias += tl.sum(values, 1)
@@ -167,8 +167,8 @@ def convolution_kernel(
             inside = (exists[:, None] & (column < columns)[None, :]) & ((y >= 0) & (y < x_height))
             inside = inside & ((x >= 0) & (x < x_width))
             at = (channel[None, :] * x_height + y) * x_width + x
-            signs = read_bits(packed, sample[:, None] * row_bytes + (at >> 3), at & 7, inside, plane, domain)
-            part = product(values, signs.to(tl.float32), part, dtype != "float32" and not scaled)
+            plus = read_bits(packed, sample[:, None] * row_bytes + (at >> 3), at & 7, inside, plane, domain)
+            part = product(values, plus.to(tl.float32), part, dtype != "float32" and not scaled)
         total += part
         total_bias += part_bias
     to = result + tl.program_id(2) * (outputs * (columns + (1 if bias else 0)))

@@ -21,7 +21,7 @@ from ..distributions import NOISES
 from ..operators import key_of, of_draws
 from ..philox import MASK, Purpose
 from ..source import Layout, Run, capture_draws, carriers, copy_runs, layout_of
-from .numbers import EXACT, numbers, read, rounded, scored, sign, write
+from .numbers import EXACT, by_sign, numbers, read, rounded, scored, sign, write
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """The dtypes that kernels read and write, by the names they know."""
@@ -72,7 +72,8 @@ def weighted_noise_kernel(
     at, number = tl.program_id(0), tl.program_id(1)
     element = at * tile + tl.arange(0, tile)
     inside = element < total
-    values = rounded(numbers(at, tl.load(draws + number), site_word, step, seed, noise, tile), dtype)
+    signs: tl.constexpr = by_sign(noise, score, dtype)
+    values = rounded(numbers(at, tl.load(draws + number), site_word, step, seed, noise, tile, signs), dtype)
     values = scored(values, noise, score, dtype)
     sample = element // inner % samples
     place = element
@@ -96,7 +97,8 @@ def weighted_noise_sum_kernel(
     sample = element // inner % samples
     sums = tl.zeros([tile], tl.float32)
     for number in range(num_draws):
-        values = numbers(at, tl.load(draws + number), site_word, step, seed, noise, tile)
+        signs: tl.constexpr = by_sign(noise, score, "float32")
+        values = numbers(at, tl.load(draws + number), site_word, step, seed, noise, tile, signs)
         factor = tl.load(weights + number * samples + sample, inside, other=0)
         sums += factor * scored(values, noise, score, "float32")
     write(result + element, sums, inside, dtype)
