@@ -227,6 +227,10 @@ def check(case: Case, device: torch.device) -> None:
     assert actual.is_contiguous()
     difference = proof._difference(kernel, expected, actual.cpu(), *case.args)
     assert difference is None, difference
+    few = kernel.excerpt(*case.args)
+    if few is not None:
+        assert proof.kind_of(kernel, *few) == proof.kind_of(kernel, *case.args)
+        assert kernel.fits(*few)
 
 
 def check_scale_of_zero(dtype: torch.dtype, tiled: bool, device: torch.device) -> None:

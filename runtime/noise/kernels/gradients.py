@@ -301,6 +301,26 @@ def _launched(
     return total.to(factors.dtype)
 
 
+def excerpt(*given: Any) -> tuple[Any, ...] | None:
+    """The first copy and the last, a twin where there are twins: in float64 all of them would take much memory."""
+    factors, described = _split(given)
+    last = factors.copies.shape[0] - 1
+    if last < 2:
+        return None
+
+    def ends(x: Tensor, axis: int) -> Tensor:
+        copies = x.unflatten(axis, (last + 1, -1))
+        return torch.cat([copies.select(axis, 0), copies.select(axis, last)], axis)
+
+    few = factors._replace(
+        packed=ends(factors.packed, 1),
+        scale=None if factors.scale is None else ends(factors.scale, 0),
+        weights=factors.weights[[0, last]],
+        copies=factors.copies[[0, last]],
+    )
+    return *few, *described
+
+
 def reference_linear(*given: Any) -> tuple[Tensor, Tensor]:
     return _reference(Factors(*given), linear_form(*given), linear_gradient)
 

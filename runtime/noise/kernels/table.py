@@ -42,6 +42,7 @@ _ROWS = (
         gradients.linear_fits,
         reference=gradients.reference_linear,
         variant=lambda *given: gradients.linear_form(*given)[:3],
+        excerpt=gradients.excerpt,
     ),
     Kernel(
         "packed_convolution_gradient",
@@ -50,6 +51,7 @@ _ROWS = (
         gradients.convolution_fits,
         reference=gradients.reference_convolution,
         variant=lambda *given: gradients.convolution_form(*given)[:3],
+        excerpt=gradients.excerpt,
     ),
     Kernel(
         "noise_product",
