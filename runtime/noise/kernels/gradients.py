@@ -29,8 +29,8 @@ from .noise import MAX_ELEMENTS, NAMES, bits, covered, key_words, words_on
 from .numbers import EXACT, block_of, by_sign, in_order, lane_of, lanes_at, read, rounded, scored, word_at
 from .signs import read_bits
 
-ROWS, OUTPUTS, COLUMNS = 32, 64, 64
-"""Rows of a product; outputs and columns of a block at most."""
+ROWS, OUTPUTS, COLUMNS = 32, 64, 128
+"""Rows of a product; outputs and columns of a block at most. The noise is made anew for every block of columns."""
 
 CHAIN = 1024
 """Rows that are summed before their sum is added to that of others."""
@@ -295,7 +295,7 @@ def _launched(
         factors.packed.contiguous(), scale, bits(factors.weights), sums, draws, twins, rows, form.stretch, *numbers,
         *key_words(factors.key, factors.site, Purpose.NOISE), factors.domain, factors.scale is not None, factors.bias,
         factors.noise, factors.score, NAMES[factors.weights.dtype], NAMES[factors.dtype], form.group, form.height,
-        form.width, ROWS, CHAIN, **EXACT,
+        form.width, ROWS, CHAIN, num_warps=max(4, form.width // 16), **EXACT,
     )  # fmt: skip
     total = sums[0] if form.stretches == 1 else sums.sum(0)
     return total.to(factors.dtype)
