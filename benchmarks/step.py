@@ -198,6 +198,7 @@ batch and the model, the executor and the writing of ``.grad``."""
 OPERATORS = {
     "perturb": "noise", "tile": "noise", "weighted_noise": "noise", "weighted_noise_sum": "noise",
     "stochastic_sign": "noise", "keyed_random": "noise", "pack_signs": "signs", "unpack_signs": "signs",
+    "pack_stochastic_signs": "signs",
 }  # fmt: skip
 
 

@@ -87,7 +87,7 @@ class _Counter(fx.Interpreter):
         return read + _bytes(result) * int(drawn)
 
 
-_NOISES = {*ops.PERTURBING, *ops.REGENERATING, ops.keyed_random, ops.stochastic_sign}
+_NOISES = {*ops.PERTURBING, *ops.REGENERATING, ops.keyed_random, ops.stochastic_sign, ops.pack_stochastic_signs}
 _SUMMING = (ops.weighted_noise_sum, ops.weight_noise_sum)
 """What draws noise of every copy (second argument: the draws) for one result."""
 

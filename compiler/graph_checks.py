@@ -117,8 +117,8 @@ def _random_numbers_are_keyed(module: fx.GraphModule) -> Iterator[Finding]:
             key = node.args[position]
             if not (isinstance(key, fx.Node) and key.op == "placeholder" and key.meta.get("target") == "key"):
                 yield Finding("its key is not the step's", node=node)
-        if target in (ops.keyed_random, ops.stochastic_sign):
-            drawn = (target, node.args[1] if target == ops.keyed_random else node.args[4])
+        if target in (ops.keyed_random, *_CAPTURING):
+            drawn = (target in _CAPTURING, node.args[4 if target in _CAPTURING else 1])
             first = keyed.setdefault(drawn, node)
             if first is not node:
                 yield Finding(f"it draws the same numbers as %{first.name}", node=node)
@@ -132,7 +132,9 @@ _KEY_ARGUMENT = {
     ops.weighted_noise: 2,
     ops.keyed_random: 0,
     ops.stochastic_sign: 3,
+    ops.pack_stochastic_signs: 3,
 }
+_CAPTURING = (ops.stochastic_sign, ops.pack_stochastic_signs)
 
 
 def _noise_has_its_own_site(module: fx.GraphModule) -> Iterator[Finding]:

@@ -4,8 +4,7 @@ For each site and each activation its vjp reads, by the estimator's ``capture``:
 
 - ``"exact"``: the activation itself.
 - ``"sign"``: ``pack_signs(x)``, one or two bits an element by the sign domain. Biased: the magnitude is gone.
-- ``"stochastic"``: ``scale = max |x|`` of the sample, ``pack_signs(stochastic_sign(x, scale))``: the same bits,
-  unbiased.
+- ``"stochastic"``: ``scale = max |x|`` of the sample, ``pack_stochastic_signs(x, scale)``: the same bits, unbiased.
 - ``"stochastic-2"``, ``-4``, ``-8``: ``|x|`` rounded up or down to one of the levels that so many bits have between 0
   and the scale, at random and unbiased. Two bits of a signed activation are ``"stochastic"``, and so is any number of
   an activation that is ±1.
@@ -194,10 +193,9 @@ def _encode(module: fx.GraphModule, site: Site, one: Capture, source: fx.Node) -
     others = [dim for dim in range(len(layout.sizes)) if dim != layout.dim]
     magnitude = call(_aten.abs.default, source)
     scale = call(_aten.amax.default, magnitude, others, True) if others else magnitude
-    drawn = (copies, key, site.index, list(layout.sizes), layout.dim, layout.outer)
+    drawn, where = (copies, key, site.index), (list(layout.sizes), layout.dim, layout.outer)
     if one.level_bits is None:
-        signs = call(ops.stochastic_sign, source, scale, *drawn)
-        packed = call(ops.pack_signs, signs, one.domain, layout.dim)
+        packed = call(ops.pack_stochastic_signs, source, scale, *drawn, one.domain, *where)
     else:
         wide = torch.promote_types(source.meta["val"].dtype, torch.float32)  # in half precision a fraction is lost
         scale = call(_aten.clamp_min.default, scale, torch.finfo(source.meta["val"].dtype).tiny)
@@ -205,7 +203,7 @@ def _encode(module: fx.GraphModule, site: Site, one: Capture, source: fx.Node) -
         whole = call(_aten.mul.Tensor, share, ops.num_levels(one.domain, one.level_bits))
         below = call(_aten.trunc.default, whole)
         rest = call(_aten.sub.Tensor, whole, below)
-        up = call(ops.stochastic_sign, rest, call(_aten.ones_like.default, scale), *drawn)
+        up = call(ops.stochastic_sign, rest, call(_aten.ones_like.default, scale), *drawn, *where)
         level = call(_aten.add.Tensor, below, up)
         packed = call(ops.pack_levels, level, one.domain, one.level_bits, layout.dim)
     items += [(Output("capture", one.scale), scale), (Output("capture", one.name), packed)]

@@ -65,8 +65,20 @@ for _schema in (
     "-> Tensor",
     # sign(x) as bits, samples first: uint8 (planes, B, ceil(elements a sample / 8)). See `planes`.
     "pack_signs(Tensor x, str domain, int dim) -> Tensor",
+    # pack_signs(stochastic_sign(x, ...)), with nothing in between.
+    "pack_stochastic_signs(Tensor x, Tensor scale, Tensor copies, Tensor key, int site, str domain, int[] sizes, "
+    "int dim, int outer) -> Tensor",
     # The inverse: values -1, 0, +1 of `dtype`; B is the extent of `dim`, whatever sizes[dim] says.
     "unpack_signs(Tensor packed, str domain, int[] sizes, int dim, ScalarType dtype) -> Tensor",
+    # The gradient of a linear layer's weight, then of its bias, as one vector of `dtype`. Packed signs (and scales) of
+    # its input and the weighted noise at its output are both tiled. See `fuse_packed_gradients`.
+    "packed_linear_gradient(Tensor packed, Tensor? scale, str domain, int[] x_sizes, int x_dim, Tensor weights, "
+    "Tensor copies, Tensor key, int site, str noise, str score, int[] sizes, int dim, int outer, ScalarType dtype, "
+    "bool bias) -> Tensor",
+    # The same of a convolution of one group; of `weight` only the shape counts.
+    "packed_convolution_gradient(Tensor packed, Tensor? scale, str domain, int[] x_sizes, int x_dim, Tensor weights, "
+    "Tensor copies, Tensor key, int site, str noise, str score, int[] sizes, int dim, int outer, ScalarType dtype, "
+    "bool bias, Tensor weight, int[] stride, int[] padding, int[] dilation) -> Tensor",
     # Levels of 2, 4 or 8 bits, samples first: uint8 (B, ceil(elements a sample * bits / 8)). See `num_levels`.
     "pack_levels(Tensor x, str domain, int bits, int dim) -> Tensor",
     # The inverse: whole numbers of `dtype`; B is the extent of `dim`, whatever sizes[dim] says.
@@ -158,11 +170,20 @@ def _(x, scale, copies, key, site, sizes, dim, outer):  # type: ignore[no-untype
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("onward::pack_signs")
-def _(x, domain, dim):  # type: ignore[no-untyped-def]
+def _packed(x: Tensor, domain: str, dim: int) -> Tensor:
     samples = x.shape[dim] if dim >= 0 else 1
     elements = x.numel() // samples
     return x.new_empty((DOMAINS[domain], samples, row_bytes(elements, 1)), dtype=torch.uint8)
+
+
+@torch.library.register_fake("onward::pack_signs")
+def _(x, domain, dim):  # type: ignore[no-untyped-def]
+    return _packed(x, domain, dim)
+
+
+@torch.library.register_fake("onward::pack_stochastic_signs")
+def _(x, scale, copies, key, site, domain, sizes, dim, outer):  # type: ignore[no-untyped-def]
+    return _packed(x, domain, dim)
 
 
 @torch.library.register_fake("onward::unpack_signs")
@@ -171,6 +192,18 @@ def _(packed, domain, sizes, dim, dtype):  # type: ignore[no-untyped-def]
     if dim >= 0:
         shape[dim] = packed.shape[1]
     return packed.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("onward::packed_linear_gradient")
+def _(packed, scale, domain, x_sizes, x_dim, weights, copies, key, site, noise, score, sizes, *rest):  # type: ignore[no-untyped-def]
+    (_, _, dtype, bias) = rest
+    return packed.new_empty(sizes[-1] * (x_sizes[-1] + bias), dtype=dtype)
+
+
+@torch.library.register_fake("onward::packed_convolution_gradient")
+def _(packed, *given):  # type: ignore[no-untyped-def]
+    (dtype, bias, weight) = given[-6:-3]
+    return packed.new_empty(weight.numel() + bias * weight.shape[0], dtype=dtype)
 
 
 @torch.library.register_fake("onward::pack_levels")
@@ -199,6 +232,9 @@ keyed_random = torch.ops.onward.keyed_random.default
 stochastic_sign = torch.ops.onward.stochastic_sign.default
 pack_signs = torch.ops.onward.pack_signs.default
 unpack_signs = torch.ops.onward.unpack_signs.default
+pack_stochastic_signs = torch.ops.onward.pack_stochastic_signs.default
+packed_linear_gradient = torch.ops.onward.packed_linear_gradient.default
+packed_convolution_gradient = torch.ops.onward.packed_convolution_gradient.default
 pack_levels = torch.ops.onward.pack_levels.default
 unpack_levels = torch.ops.onward.unpack_levels.default
 

@@ -182,6 +182,18 @@ def test_cuda_graphs_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_packed_gradients_runs(tmp_path: Path) -> None:
+    written = tmp_path / "packed.json"
+    run(
+        "packed_gradients.py", "--width", "4", "--copies", "2", "--batch", "2", "--rounds", "1", "--device", "cpu",
+        "--json", str(written),
+    )  # fmt: skip
+    rows = json.loads(written.read_text())["rows"]
+    assert {row["model"] for row in rows} == {"mlp", "resnet9", "vgg8"}
+    assert all(row["composition_over_kernel"]["median"] > 0 for row in rows)
+
+
+@pytest.mark.slow
 def test_streams_runs(tmp_path: Path) -> None:
     written = tmp_path / "streams.json"
     printed = run(

@@ -6,6 +6,7 @@ process of its own, since both change Triton as a whole.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -185,6 +186,20 @@ def test_a_result_of_zeros_proves_nothing() -> None:
         proved(kernel, torch.ones(3))
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_a_kernel_may_be_proved_by_a_smaller_call(right: bool) -> None:
+    kernel, definition, launched = kernel_of(lambda x, *_: x + x if right else 3 * x)
+    kernel = replace(kernel, excerpt=lambda x: (x[:1],))
+    x = torch.tensor([1.0, 2.0, 3.0])
+    with contextlib.nullcontext() if right else pytest.warns(UserWarning, match="differs in 1 of 1 numbers"):
+        assert torch.equal(proved(kernel, x), 2 * x)
+    assert (definition.calls, launched.calls) == ((1, 2) if right else (2, 1))
+    assert torch.equal(proved(kernel, x), 2 * x)
+    proof._verdicts.clear()
+    assert torch.equal(proved(kernel, torch.tensor([0.0, 2.0])), torch.tensor([0.0, 4.0]))  # this shows nothing
+    assert not proof._verdicts
+
+
 @pytest.mark.parametrize(("error", "trusted"), [(0.9, True), (1.1, False)])
 def test_a_sum_may_be_rounded_in_another_order_within_its_bound(error: float, trusted: bool) -> None:
     kernel, _, _ = kernel_of(lambda x, *_: 2 * x + error)
@@ -202,14 +217,15 @@ def test_the_bounds_of_sums_are_tight_enough_to_see_a_wrong_number() -> None:
     pytest.importorskip("triton")
     from onward.runtime.noise.kernels.table import KERNELS
 
-    cases = [*kernel_cases.noise_cases(), *kernel_cases.product_cases()]
-    summing = [case for case in cases if case.kernel in ("weighted_noise_sum", "noise_product")]
+    cases = [*kernel_cases.noise_cases(), *kernel_cases.gradient_cases(), *kernel_cases.product_cases()]
+    summing = [case for case in cases if KERNELS[case.kernel].reference is not None]
     assert len(summing) > 100
     for case in summing:
         kernel = KERNELS[case.kernel]
         assert kernel.reference is not None
         expected, bound = kernel.reference(*case.args)
         definition = kernel.definition(*case.args)
-        assert bool(((definition.double() - expected).abs() <= bound).all())
+        coarse = case.kernel.startswith("packed") and definition.dtype != torch.float32  # torch's products of 16 bits
+        assert coarse or bool(((definition.double() - expected).abs() <= bound).all())
         scale = math.sqrt(float(expected.square().mean()))
         assert float(bound.max()) < (0.05 if definition.dtype == torch.bfloat16 else 0.01) * scale

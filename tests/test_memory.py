@@ -296,6 +296,7 @@ KERNELS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "one bit": (ops.pack_signs, (X, "nonnegative", 0)),
     "a mask times numbers": (torch.ops.aten.mul.Tensor, (ALIVE_OF_X, X)),
     "two bits": (ops.pack_signs, (X, "signed", 0)),
+    "two bits at random": (ops.pack_stochastic_signs, (X, torch.tensor(3.0), PAIRS[:1], KEY, 0, "signed", SIZES, 0, 1)),
     "one bit unpacked": (ops.unpack_signs, (ONE_BIT, "nonnegative", [64, *SIZES[1:]], 0, torch.float32)),
     "two bits unpacked": (ops.unpack_signs, (TWO_BITS, "signed", [64, *SIZES[1:]], 0, torch.float32)),
     "blocks counted": (

@@ -565,6 +565,7 @@ def test_operators_pass_opcheck(sizes: list[int], dim: int, outer: int, dtype: t
         (ops.weighted_noise, weighted),
         (ops.keyed_random, (KEY, 1, "uniform", [2, 3], dtype, CPU)),
         (ops.stochastic_sign, (tiled, torch.ones((), dtype=dtype), ids, KEY, SITE, sizes, dim, outer)),
+        (ops.pack_stochastic_signs, (tiled, torch.ones((), dtype=dtype), ids, KEY, SITE, "signed", sizes, dim, outer)),
     ]
     for operator, arguments in calls:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

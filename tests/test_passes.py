@@ -430,7 +430,7 @@ class TestInsertCaptures:
             lambda self, x: self.a(y := x.relu()) + self.b(y), capture_="stochastic", a=linear(), b=linear()
         )
         assert captures[0][0].name == captures[1][0].name
-        assert targets(module).count(ops.pack_signs) == 1
+        assert targets(module).count(ops.pack_stochastic_signs) == 1
 
     @pytest.mark.parametrize(
         ("made", "given"),

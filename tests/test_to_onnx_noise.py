@@ -206,7 +206,7 @@ def situations(draw: st.DrawFn, several: bool = True) -> tuple[Any, ...]:
 def run_with_copies(
     function: Callable[..., Any], kinds: list[Described], given: list[Any], at: int, ids: tuple[int, ...]
 ) -> list[Any]:
-    graph = trace(lambda *values: [function(*values)], kinds)
+    graph = trace(lambda *values: [function(*values)], kinds, DECOMPOSITIONS)
     session = exported(graph, kinds, {at: ids})
     return list(session({f"x{place}": value for place, value in enumerate(given)}).values())
 
@@ -320,10 +320,14 @@ def test_stochastic_sign(situation: tuple[Any, ...]) -> None:
     def signs(x: Tensor, scale: Tensor, copies: Tensor, key: Tensor) -> Tensor:
         return ops.stochastic_sign(x, scale, copies, key, site, sizes, dim, outer)
 
+    def packed(x: Tensor, scale: Tensor, copies: Tensor, key: Tensor) -> Tensor:
+        return ops.pack_stochastic_signs(x, scale, copies, key, site, "signed", sizes, dim, outer)
+
     x = tensor(kinds[0], samples)
     given = [x, x.abs().max(), torch.tensor(ids), key_of(seed, step)]
-    (found,) = run_with_copies(signs, kinds, given, 2, ids)
-    same_bits(found, signs(*given).numpy())
+    for function in (signs, packed) if dim == 0 else (signs,):
+        (found,) = run_with_copies(function, kinds, given, 2, ids)
+        same_bits(found, function(*given).numpy())
 
 
 # ------------------------------------------------------------------------------------------------ as torch's operations

@@ -9,6 +9,7 @@ from random_models import Recipe, build
 from torch import fx
 
 import onward
+import onward.runtime.program  # registers the operators' kernels, which compiling calls
 from onward.compiler import program_checks
 from onward.compiler.driver import compile_model
 from onward.compiler.graph_checks import perturbations
@@ -160,6 +161,17 @@ class TestGraphs:
         verify_graph(compiled.captured.module, keyed=False)
         with pytest.raises(VerificationError, match="generator"):
             verify_graph(compiled.captured.module)
+
+    def test_two_captures_with_the_same_numbers(self):
+        layers = [torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 3)]
+        estimator = onward.LikelihoodRatio(copies=2, capture="stochastic")
+        module = compile_model(torch.nn.Sequential(*layers), torch.ones(2, 3), estimator).graph
+        verify_graph(module)
+        drawn = [node for node in module.graph.nodes if node.target == ops.pack_stochastic_signs]
+        assert len(drawn) == 2
+        _set_argument(drawn[0], 4, drawn[1].args[4])
+        with pytest.raises(VerificationError, match="same numbers"):
+            verify_graph(module)
 
     def test_two_random_operations_with_the_same_numbers(self):
         model, inputs, _ = build(Recipe("tensor", (("dropout", 0, 0), ("dropout", 1, 0)), training=True))

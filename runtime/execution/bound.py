@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from ...compiler.program import CompiledModel
+from ...passes.fuse_packed_gradients import fuse_packed_gradients
 from ...passes.separate_outputs import returned
 from ..finite import all_finite
+from ..noise import kernels
 from ..plan import Action, Gradient, chunks, make_plan
 from .bindings import BoundGraph
 from .fusion import Fused, fuse, fuse_plan
@@ -43,8 +45,12 @@ class BoundModel:
         learns = compiled.estimator.feedback == "learned"
         self.returned = [index for index, _ in returned(compiled.graph.graph)] if learns else []
         self.corrects = any(g.source == "corrected" for g in compiled.gradients)
-        self.gradients = {g.site.index: (_bound_gradient(g.module), g) for g in compiled.gradients}
         device = next(leaf[2] for leaf in compiled.captured.signature.leaves if isinstance(leaf, tuple))
+        with_kernels = kernels.serves(device)
+        self.gradients = {
+            g.site.index: (_bound_gradient(fuse_packed_gradients(g.module) if with_kernels else g.module), g)
+            for g in compiled.gradients
+        }
         self.reached = {index: reach.to(device) for index, reach in compiled.reached.items()}
         self.readers = [
             {g.site.index for g in compiled.gradients if g.per_copy and g.run == run.index} for run in compiled.runs

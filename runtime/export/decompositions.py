@@ -1,4 +1,5 @@
-"""Onward's operators that hold no random numbers, as torch's: what `trace` replaces before there are rules to find."""
+"""Onward's operators as torch's and the few that make random numbers: what `trace` replaces before there are rules to
+find."""
 
 from __future__ import annotations
 
@@ -29,6 +30,14 @@ def _pack_signs(x: Tensor, domain: str, dim: int) -> Tensor:
     rows = (x.movedim(dim, 0) if dim > 0 else x).reshape(x.shape[dim] if dim >= 0 else 1, -1)
     planes = [rows > 0] if ops.DOMAINS[domain] == 1 else [rows > 0, rows < 0]
     return torch.stack([_bytes(plane.to(torch.int32), 1) for plane in planes])
+
+
+def _pack_stochastic_signs(
+    x: Tensor, scale: Tensor, copies: Tensor, key: Tensor, site: int, domain: str, sizes: Sequence[int], dim: int,
+    outer: int,
+) -> Tensor:  # fmt: skip
+    """The numbers have a rule, as those of levels."""
+    return _pack_signs(ops.stochastic_sign(x, scale, copies, key, site, sizes, dim, outer), domain, dim)
 
 
 def _unpack_signs(packed: Tensor, domain: str, sizes: Sequence[int], dim: int, dtype: torch.dtype) -> Tensor:
@@ -83,6 +92,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     ops.spread_blocks: spread_blocks,
     ops.count_blocks: count_blocks,
     ops.pack_signs: _pack_signs,
+    ops.pack_stochastic_signs: _pack_stochastic_signs,
     ops.unpack_signs: _unpack_signs,
     ops.pack_levels: _pack_levels,
     ops.unpack_levels: _unpack_levels,

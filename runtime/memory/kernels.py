@@ -152,6 +152,13 @@ def _pack(args: Sequence[Any], result: Tensor) -> Temporary:
     return Temporary(planes * args[0].numel(), result.nbytes if planes > 1 else 0)
 
 
+def _pack_stochastic(args: Sequence[Any], result: Tensor) -> Temporary:
+    """The signs, and what packing them takes."""
+    x: Tensor = args[0]
+    own = _pack(args, result)
+    return Temporary(x.nbytes + own.tensors, max(own.arrays, _numbers(x.numel()).arrays))
+
+
 def _unpack(args: Sequence[Any], result: Tensor) -> Temporary:
     """The positions in a table, eight bytes for every byte; of two planes both beside their difference."""
     packed = args[0]
@@ -202,6 +209,7 @@ _RULES: dict[Any, Callable[[Sequence[Any], Any], Temporary]] = {
     ops.keyed_random: _any_noise,
     ops.stochastic_sign: _any_noise,
     ops.pack_signs: _pack,
+    ops.pack_stochastic_signs: _pack_stochastic,
     ops.unpack_signs: _unpack,
     ops.pack_levels: _pack_levels,
     ops.unpack_levels: _unpack_levels,

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...passes import ops
 from ...passes.errors import unknown_name
 from ...passes.ops import DOMAINS
 
@@ -83,6 +84,23 @@ def pack_signs(x: Tensor, domain: str, dim: int) -> Tensor:
     return packed[0][None] if len(packed) == 1 else torch.stack(packed)
 
 
+def pack_stochastic_signs(
+    x: Tensor,
+    scale: Tensor,
+    copies: Tensor,
+    key: Tensor,
+    site: int,
+    domain: str,
+    sizes: Sequence[int],
+    dim: int,
+    outer: int,
+) -> Tensor:
+    """`pack_signs` of ``stochastic_sign(x, scale, …)`` (equation 3). Raises as both."""
+    signs = ops.stochastic_sign(x, scale, copies, key, site, sizes, dim, outer)
+    packed: Tensor = ops.pack_signs(signs, domain, dim)
+    return packed
+
+
 def unpack_signs(packed: Tensor, domain: str, sizes: Sequence[int], dim: int, dtype: torch.dtype) -> Tensor:
     """The inverse of `pack_signs`: values -1, 0, +1 of `dtype`, contiguous, shaped `sizes` but B = ``packed.shape[1]``
     at `dim`.
@@ -104,5 +122,5 @@ def unpack_signs(packed: Tensor, domain: str, sizes: Sequence[int], dim: int, dt
     return values.reshape(num_rows, *others).movedim(0, dim).contiguous()
 
 
-for _function in (pack_signs, unpack_signs):
+for _function in (pack_signs, pack_stochastic_signs, unpack_signs):
     torch.library.impl(f"onward::{_function.__name__}", "CompositeExplicitAutograd", _function)

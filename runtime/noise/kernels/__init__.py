@@ -19,7 +19,10 @@ import torch
 
 from ....passes import ops as _declarations  # noqa: F401  (declares what is implemented here)
 
-OPERATORS = ("perturb", "weighted_noise_sum", "weighted_noise", "stochastic_sign", "pack_signs", "unpack_signs")
+OPERATORS = (
+    "perturb", "weighted_noise_sum", "weighted_noise", "stochastic_sign", "pack_signs", "pack_stochastic_signs",
+    "unpack_signs", "packed_linear_gradient", "packed_convolution_gradient",
+)  # fmt: skip
 """Operators of `onward.passes.ops` that have a kernel."""
 
 _served: set[str] = set()

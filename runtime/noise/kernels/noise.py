@@ -21,7 +21,7 @@ from ..distributions import NOISES
 from ..operators import key_of, of_draws
 from ..philox import MASK, Purpose
 from ..source import Layout, Run, capture_draws, carriers, copy_runs, layout_of
-from .numbers import EXACT, numbers, read, rounded, scored, sign, write
+from .numbers import EXACT, by_sign, numbers, read, rounded, scored, sign, write
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """The dtypes that kernels read and write, by the names they know."""
@@ -72,7 +72,8 @@ def weighted_noise_kernel(
     at, number = tl.program_id(0), tl.program_id(1)
     element = at * tile + tl.arange(0, tile)
     inside = element < total
-    values = rounded(numbers(at, tl.load(draws + number), site_word, step, seed, noise, tile), dtype)
+    signs: tl.constexpr = by_sign(noise, score, dtype)
+    values = rounded(numbers(at, tl.load(draws + number), site_word, step, seed, noise, tile, signs), dtype)
     values = scored(values, noise, score, dtype)
     sample = element // inner % samples
     place = element
@@ -96,7 +97,8 @@ def weighted_noise_sum_kernel(
     sample = element // inner % samples
     sums = tl.zeros([tile], tl.float32)
     for number in range(num_draws):
-        values = numbers(at, tl.load(draws + number), site_word, step, seed, noise, tile)
+        signs: tl.constexpr = by_sign(noise, score, "float32")
+        values = numbers(at, tl.load(draws + number), site_word, step, seed, noise, tile, signs)
         factor = tl.load(weights + number * samples + sample, inside, other=0)
         sums += factor * scored(values, noise, score, "float32")
     write(result + element, sums, inside, dtype)
@@ -229,11 +231,7 @@ def stochastic_sign(
     """`runtime.noise.operators.stochastic_sign`, exactly."""
     layout = layout_of(sizes, dim, outer, samples_of(x, copies, sizes, dim, True))
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    extents = [1] * (x.dim() - scale.dim()) + list(scale.shape)
-    if scale.numel() == 1 or (dim >= 0 and scale.numel() == extents[dim] == x.shape[dim]):
-        values, inner = scale.contiguous(), math.prod(x.shape[dim + 1 :])  # one for all, or one a sample
-    else:
-        values, inner = scale.expand_as(x).contiguous(), 1
+    values, inner = scales_of(x, scale, dim)
     draws = capture_draws(copies.tolist())
     total = math.prod(layout)
     stochastic_sign_kernel[triton.cdiv(total, TILE), len(draws)](
@@ -242,6 +240,14 @@ def stochastic_sign(
         NAMES[scale.dtype], layout.rows > 1, TILE, **EXACT,
     )  # fmt: skip
     return result
+
+
+def scales_of(x: Tensor, scale: Tensor, dim: int) -> tuple[Tensor, int]:
+    """Scales such that the one of the element at place p of x is number ``p // inner``, counted around; and `inner`."""
+    extents = [1] * (x.dim() - scale.dim()) + list(scale.shape)
+    if scale.numel() == 1 or (dim >= 0 and scale.numel() == extents[dim] == x.shape[dim]):
+        return scale.contiguous(), math.prod(x.shape[dim + 1 :])  # one for all, or one a sample
+    return scale.expand_as(x).contiguous(), 1
 
 
 def bits(x: Tensor) -> Tensor:

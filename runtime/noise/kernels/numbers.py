@@ -24,6 +24,8 @@ SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 SQRT_2 = tl.constexpr(math.sqrt(2.0))
 SQRT_HALF_PI = tl.constexpr(math.sqrt(math.pi / 2))
 HALF_TURN = tl.constexpr(math.pi * 2.0**-31)
+NO_RADIUS = tl.constexpr(0x7FFFFF)
+QUARTER_TURN = tl.constexpr(2**30 - 32)
 
 
 @triton.jit
@@ -78,8 +80,50 @@ def laplace(lane):
 
 
 @triton.jit
-def numbers(tile, draw, site_word, step, seed, noise: tl.constexpr, elements: tl.constexpr):
-    """Elements ``tile * elements …`` of a draw as float32 (elements,): a noise, or "uniform" numbers.
+def signs_of_box_muller(lane_a, lane_b):
+    """Of both normal numbers the signs alone: the radius is zero for one lane, the cosine of an angle that is rounded
+    to a quarter turn comes out below zero, and that is all there is to tell."""
+    radius = tl.where((lane_a >> 8) == NO_RADIUS, 0, (lane_b >> 31) * 2 + 1)
+    half = (lane_b << 1) >> 1
+    cosine = tl.where((half >= QUARTER_TURN) | (half <= -QUARTER_TURN), -radius, radius)
+    return cosine.to(tl.float32), (radius * ((half > 0).to(tl.int32) - (half < 0).to(tl.int32))).to(tl.float32)
+
+
+@triton.jit
+def sign_of_laplace(lane):
+    return tl.where((lane >> 8) == NO_RADIUS, 0, 1 - (lane & 1) * 2).to(tl.float32)
+
+
+@triton.constexpr_function
+def by_sign(noise, score, dtype):
+    """Whether the score of noise in `dtype` asks for its sign alone. In float16 the smallest numbers are zero."""
+    return (noise == "laplace" or score == "sign") and dtype != "float16"
+
+
+@triton.jit
+def block_of(lane0, lane1, lane2, lane3, noise: tl.constexpr, signs: tl.constexpr):
+    """The four numbers of Philox blocks, "gaussian" or "laplace", or only their signs."""
+    lane0, lane1 = lane0.to(tl.int32, bitcast=True), lane1.to(tl.int32, bitcast=True)
+    lane2, lane3 = lane2.to(tl.int32, bitcast=True), lane3.to(tl.int32, bitcast=True)
+    if signs and noise == "gaussian":
+        value0, value1 = signs_of_box_muller(lane0, lane1)
+        value2, value3 = signs_of_box_muller(lane2, lane3)
+    elif signs:
+        value0, value1 = sign_of_laplace(lane0), sign_of_laplace(lane1)
+        value2, value3 = sign_of_laplace(lane2), sign_of_laplace(lane3)
+    elif noise == "gaussian":
+        value0, value1 = box_muller(lane0, lane1)
+        value2, value3 = box_muller(lane2, lane3)
+    else:
+        value0, value1, value2, value3 = laplace(lane0), laplace(lane1), laplace(lane2), laplace(lane3)
+    return value0, value1, value2, value3
+
+
+@triton.jit
+def numbers(
+    tile, draw, site_word, step, seed, noise: tl.constexpr, elements: tl.constexpr, signs: tl.constexpr = False
+):
+    """Elements ``tile * elements …`` of a draw as float32 (elements,): a noise, or its signs, or "uniform" numbers.
 
     `elements` is a power of two from 128 on.
     """
@@ -89,14 +133,37 @@ def numbers(tile, draw, site_word, step, seed, noise: tl.constexpr, elements: tl
         return tl.reshape((bits & 1).to(tl.int32) * 2 - 1, [elements]).to(tl.float32)
     lane0, lane1, lane2, lane3 = words(tile * (elements // 4), draw, site_word, step, seed, elements // 4)
     if noise == "uniform":
-        return (in_order(lane0, lane1, lane2, lane3) >> 8).to(tl.int32).to(tl.float32) * (2.0**-24)
-    lane0, lane1 = lane0.to(tl.int32, bitcast=True), lane1.to(tl.int32, bitcast=True)
-    lane2, lane3 = lane2.to(tl.int32, bitcast=True), lane3.to(tl.int32, bitcast=True)
-    if noise == "gaussian":
-        first, second = box_muller(lane0, lane1)
-        third, fourth = box_muller(lane2, lane3)
-        return in_order(first, second, third, fourth)
-    return in_order(laplace(lane0), laplace(lane1), laplace(lane2), laplace(lane3))
+        return uniform(in_order(lane0, lane1, lane2, lane3))
+    value0, value1, value2, value3 = block_of(lane0, lane1, lane2, lane3, noise, signs)
+    return in_order(value0, value1, value2, value3)
+
+
+@triton.jit
+def lanes_at(word, draw, site_word, step, seed):
+    """The Philox blocks that hold the 32-bit words number `word` of draws, four uint32; tensors of one shape."""
+    block = (word >> 2).to(tl.uint32)
+    zero = tl.zeros_like(block)
+    return tl.philox(seed, block, zero + draw.to(tl.uint32), zero + site_word.to(tl.uint32), zero + step.to(tl.uint32))
+
+
+@triton.jit
+def lane_of(word, lane0, lane1, lane2, lane3):
+    """Of four values a block the one that belongs to a word."""
+    lane = word & 3
+    return tl.where(lane < 2, tl.where(lane == 0, lane0, lane1), tl.where(lane == 2, lane2, lane3))
+
+
+@triton.jit
+def word_at(word, draw, site_word, step, seed):
+    """Words of draws, wherever they are, uint32: a block is made for each."""
+    lane0, lane1, lane2, lane3 = lanes_at(word, draw, site_word, step, seed)
+    return lane_of(word, lane0, lane1, lane2, lane3)
+
+
+@triton.jit
+def uniform(word):
+    """uint32 as a number in [0, 1)."""
+    return (word >> 8).to(tl.int32).to(tl.float32) * (2.0**-24)
 
 
 @triton.jit

@@ -16,22 +16,10 @@ from ...feedback import NoiseRows
 from ..philox import Purpose
 from ..source import layout_of
 from .noise import MAX_ELEMENTS, key_words, words_on
-from .numbers import EXACT
+from .numbers import EXACT, word_at
 
 ROWS, MAX_COLUMNS = 64, 64
 """Rows of A (draws and samples) and columns of the other factor in one block; coordinates come in 32s."""
-
-
-@triton.jit
-def word(draw, position, site_word, step, seed):
-    """The 32-bit words that hold the one-bit numbers ``32 * position …`` of draws, uint32; all vectors (rows,)."""
-    block = (position >> 2).to(tl.uint32)
-    zero = tl.zeros_like(block)
-    lane0, lane1, lane2, lane3 = tl.philox(
-        seed, block, draw.to(tl.uint32), zero + site_word.to(tl.uint32), zero + step.to(tl.uint32)
-    )
-    lane = position & 3
-    return tl.where(lane < 2, tl.where(lane == 0, lane0, lane1), tl.where(lane == 2, lane2, lane3))
 
 
 @triton.jit
@@ -40,8 +28,8 @@ def signs(draws, twins, alive, row, first, count, elements, samples, site_word, 
     exists = row < count
     draw = tl.load(draws + row // samples, exists, other=0)
     start = row % samples * elements + first
-    low = word(draw, start >> 5, site_word, step, seed)
-    high = word(draw, (start >> 5) + 1, site_word, step, seed)
+    low = word_at(start >> 5, draw, site_word, step, seed)
+    high = word_at((start >> 5) + 1, draw, site_word, step, seed)
     offset = tl.arange(0, 32)[None, :]
     at = (start & 31)[:, None] + offset
     bit = (tl.where(at < 32, low[:, None], high[:, None]) >> (at & 31).to(tl.uint32)) & 1

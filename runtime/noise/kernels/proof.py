@@ -33,6 +33,8 @@ class Kernel:
         reference: the result in float64, and how far from it the kernel's may be by rounding; None where the kernel's
             must equal the definition's.
         variant: what the kernel is compiled for beside the arguments' dtypes, names and flags.
+        excerpt: the arguments of a smaller call of the same kind, to compare where a whole one would take much memory;
+            None for the call itself.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Kernel:
     telling: Callable[..., bool] = lambda expected, *_: bool(expected.any())
     reference: Callable[..., tuple[Tensor, Tensor]] | None = None
     variant: Callable[..., object] = lambda *_: None
+    excerpt: Callable[..., tuple[Any, ...] | None] = lambda *_: None
 
 
 _verdicts: dict[Kind, bool] = {}
@@ -84,19 +87,20 @@ def _launched(kernel: Kernel, *args: Any) -> Tensor:
 
 
 def _first_call(kernel: Kernel, kind: Kind, *args: Any) -> Tensor:
-    expected = kernel.definition(*args)
-    if not kernel.telling(expected, *args):
-        return expected
+    some = kernel.excerpt(*args) or args
+    expected = kernel.definition(*some)
+    if not kernel.telling(expected, *some):
+        return expected if some is args else kernel.definition(*args)
     try:
-        actual = _launched(kernel, *args)
-        difference = _difference(kernel, expected, actual, *args)
+        actual = _launched(kernel, *some)
+        difference = _difference(kernel, expected, actual, *some)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler or driver raises: training goes on without the kernel
         difference = f"could not be run: {type(error).__name__}: {error}"
     _verdicts[kind] = difference is None
     if difference is None:
-        return actual
+        return actual if some is args else _launched(kernel, *args)
     described = ", ".join(str(part).removeprefix("torch.") for part in kind[2:] if part is not None)
     warnings.warn(
         f"The Triton kernel '{kernel.name}' on {kind[1]} ({described}) {difference}. Its torch definition is used from "
@@ -104,7 +108,7 @@ def _first_call(kernel: Kernel, kind: Kind, *args: Any) -> Tensor:
         UserWarning,
         stacklevel=2,
     )
-    return expected
+    return expected if some is args else kernel.definition(*args)
 
 
 def _difference(kernel: Kernel, expected: Tensor, actual: Tensor, *args: Any) -> str | None:

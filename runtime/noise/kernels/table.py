@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ... import feedback
 from .. import operators as definitions
-from .. import packing
-from . import noise, product, signs
+from .. import packed_gradients, packing
+from . import gradients, noise, product, signs
 from .proof import Kernel
 
 _ROWS = (
@@ -27,7 +27,32 @@ _ROWS = (
     ),
     Kernel("stochastic_sign", definitions.stochastic_sign, noise.stochastic_sign, noise.stochastic_fits),
     Kernel("pack_signs", packing.pack_signs, signs.pack_signs, signs.pack_fits),
+    Kernel(
+        "pack_stochastic_signs",
+        packing.pack_stochastic_signs,
+        signs.pack_stochastic_signs,
+        signs.pack_stochastic_fits,
+        variant=signs.is_dense,
+    ),
     Kernel("unpack_signs", packing.unpack_signs, signs.unpack_signs, signs.unpack_fits),
+    Kernel(
+        "packed_linear_gradient",
+        packed_gradients.packed_linear_gradient,
+        gradients.packed_linear_gradient,
+        gradients.linear_fits,
+        reference=gradients.reference_linear,
+        variant=lambda *given: gradients.linear_form(*given)[:3],
+        excerpt=gradients.excerpt,
+    ),
+    Kernel(
+        "packed_convolution_gradient",
+        packed_gradients.packed_convolution_gradient,
+        gradients.packed_convolution_gradient,
+        gradients.convolution_fits,
+        reference=gradients.reference_convolution,
+        variant=lambda *given: gradients.convolution_form(*given)[:3],
+        excerpt=gradients.excerpt,
+    ),
     Kernel(
         "noise_product",
         feedback.product_of_rows,
