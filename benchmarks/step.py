@@ -30,6 +30,7 @@ from onward import LikelihoodRatio, Program, models
 from onward import compile as compile_program
 from onward.evidence.provenance import describe, machine
 from onward.passes import ops
+from onward.runtime.noise import cpu_kernels
 from onward.runtime.plan import Forward
 
 Step = Callable[[], object]
@@ -255,13 +256,20 @@ class _Patched:
 
 
 def _timed_operators(watch: Stopwatch) -> _Patched:
-    """Graphs reach an operator as ``torch.ops.onward.<name>.default``, the runtime as ``ops.<name>``."""
+    """Graphs reach an operator as ``torch.ops.onward.<name>.default``, the runtime as ``ops.<name>``, and both what is
+    compiled for a CPU by ``cpu_kernels.call(name, …)``."""
     replacements: list[tuple[Any, str, Any]] = []
     for name, part in OPERATORS.items():
         packet = getattr(torch.ops.onward, name)
         timed = watch.wrap(part, packet.default)
         replacements += [(packet, "default", timed), (ops, name, timed)]
-    return _Patched(*replacements)
+    call = cpu_kernels.call
+
+    def compiled(name: str, *args: Any, **named: Any) -> Tensor:
+        with watch.timing(OPERATORS.get(name, "noise")):
+            return call(name, *args, **named)
+
+    return _Patched(*replacements, (cpu_kernels, "call", compiled))
 
 
 def _timed_learning(watch: Stopwatch) -> _Patched:

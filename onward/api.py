@@ -53,7 +53,8 @@ def compile(
             GPU `workers` does nothing; on a CPU there are no streams, and more than one is an error.
         cuda_graphs: on a GPU, replay steps without a perturbed run from CUDA graphs (`runtime.execution.graphs`): for
             models whose kernels take less time than issuing them. Each of up to four batch sizes keeps the memory of a
-            step; a step that cannot be captured goes on as without. Not together with `streams`.
+            clean step, and all together a copy of what feedback has learned; a step that cannot be captured goes on as
+            without. Not together with `streams`, nor with `memory`, which does not count that.
         memory: what a step on a batch of the example's size may take, beyond parameters, buffers, the batch, what
             feedback has learned and the optimizer's state: bytes, ``"2GiB"``, or a fraction of the device's memory
             (0.5). Chooses how many copies run side by side, by prediction (`runtime.memory`); in place of the
@@ -83,6 +84,11 @@ def compile(
         raise OptionError(f"streams={streams!r}: the streams of a step are a number from 1 on.")
     if not isinstance(cuda_graphs, bool):
         raise OptionError(f"cuda_graphs={cuda_graphs!r}: it is True or False.")
+    if cuda_graphs and memory is not None:
+        raise OptionError(
+            f"memory={memory!r} with cuda_graphs=True: the plan of a step does not count what graphs keep. Give the "
+            "estimator a chunk instead."
+        )
     if isinstance(estimator, Calibration):
         compiled = estimator.compile(model, example_inputs, unbatched=unbatched)
     else:

@@ -4,8 +4,9 @@ Gradient subgraphs are independent of each other, so that two of them recompute 
 predicted gradient back over the same stretch (method.md 13, 14). Where one graph holds both (`execution.fusion`) the
 second is the first: fewer operations and the same bits, for the memory of values that wait for their last reader.
 
-Operations that draw random numbers are never merged (two noises would become one), and a graph that writes in place
-stays as it is: there equal operands may hold other numbers later. Keyed noise is a function of its key, and is merged.
+Only torch's own operators and Onward's are merged, which say of themselves whether they draw random numbers (two noises
+would become one); keyed noise is a function of its key. A graph that writes in place, or may in a subgraph of its own,
+stays as it is: there equal operands may hold other numbers later.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from torch import fx
 
 from .graph import clone, finish
+
+_NAMESPACES = ("aten", "prims", "onward")
 
 _OF_SIZES = {
     operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg,
@@ -42,13 +45,17 @@ def merge_equal(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return True
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def _repeats(node: fx.Node) -> bool:
     """Whether two calls of an operation give the same."""
     if isinstance(node.target, torch._ops.OpOverload):
-        return torch.Tag.nondeterministic_seeded not in node.target.tags
+        known = node.target.namespace in _NAMESPACES
+        return known and torch.Tag.nondeterministic_seeded not in node.target.tags
     return node.target in _OF_SIZES
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..passes import ops
-from .execution.precision import autocasting
+from .execution.precision import autocast_dtypes
 from .loss import SampleLoss
 from .targets import repeat_target
 from .traced_loss import LossInputs, NoDerivativeError, TracedLoss, differentiate, trace_loss
@@ -60,6 +60,8 @@ class OutputGradient:
     def __init__(self, loss: SampleLoss, at: Sequence[int] | None = None) -> None:
         self.loss = loss
         self.at = at
+        self.last: TracedLoss | None = None
+        """The graph that answered the last call; None if autograd did, or an estimate."""
         self._known: dict[Any, list[tuple[Any, TracedLoss]]] = {}
         """Graphs by the shapes that they were made for, with the structures of output and target."""
         self._graphs: dict[int | None, TracedLoss | None] = {}  # by batch size; None is any
@@ -72,13 +74,14 @@ class OutputGradient:
         leaves, spec = pytree.tree_flatten(output)
         parts, target_spec = pytree.tree_flatten(target)
         tensors = [value for value in (*leaves, *parts) if isinstance(value, Tensor)]
-        shapes = (*((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors), _autocast())
+        shapes = (*((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors), autocast_dtypes())
         described = (spec, target_spec, [leaf for leaf in leaves if not isinstance(leaf, Tensor)])
         traced = next((each for known, each in self._known.get(shapes, ()) if known == described), None)
-        if traced is not None and all(part is None or isinstance(part, Tensor) for part in parts):
-            losses, *found = traced(tensors)
+        self.last = traced if all(part is None or isinstance(part, Tensor) for part in parts) else None
+        if self.last is not None:
+            losses, *found = self.last(tensors)
             self._calls += 1
-            if self._calls % CHECK_EVERY == 0 and self._has_changed(traced, output, target, [losses, *found]):
+            if self._calls % CHECK_EVERY == 0 and self._has_changed(self.last, output, target, [losses, *found]):
                 return self(output, target, key)
         else:
             losses, found = self._first(leaves, spec, target, key, shapes, described)
@@ -86,13 +89,11 @@ class OutputGradient:
         error = rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, 1)  # however an output lies
         return losses, error / len(losses)
 
-    def settled(self) -> bool:
-        """Whether the next call, with a shape seen before, runs a graph and nothing else, so that whoever has captured
-        it may replay it instead (`answered`). Not where the loss draws numbers, remembers something, or is due to be
-        compared."""
-        known = [traced for each in self._known.values() for _, traced in each]
-        due = (self._calls + 1) % CHECK_EVERY == 0
-        return bool(known) and not due and not any(traced.draws or traced.remembers for traced in known)
+    def answers(self, traced: TracedLoss) -> bool:
+        """Whether a graph that answered a call will answer the next of its kind alone, so that whoever has captured it
+        may replay it instead (`answered`): not once it was dropped, nor where the loss's code is due to be compared."""
+        known = any(traced is each for several in self._known.values() for _, each in several)
+        return known and (self._calls + 1) % CHECK_EVERY > 0
 
     def answered(self) -> None:
         """A call was replayed; it counts as one."""
@@ -116,6 +117,7 @@ class OutputGradient:
         traced = self._traced(given)
         values = traced(given.tensors) if traced is not None else self._differentiated(given)
         if values and values[0].shape == (samples,) and not values[0].is_complex():
+            self.last = traced
             if traced is not None:
                 self._known = self._known if len(self._known) < _MOST_KNOWN else {}
                 self._known.setdefault(shapes, []).append((described, traced))
@@ -158,7 +160,7 @@ class OutputGradient:
         """The loss as a graph; None for one that cannot be traced, and for a black box."""
         if not given.traceable or self._changes > 1:
             return None
-        described = (*given.described(), _autocast())
+        described = (*given.described(), autocast_dtypes())
         if self._traced_for != described:
             self._graphs, self._traced_for = {}, described
         if None in self._graphs:
@@ -205,8 +207,3 @@ def _alike(now: Tensor, then: Tensor) -> bool:
     tolerance = 3e-2 if torch.finfo(then.dtype).bits < 32 else 1e-3
     scale = float(then.abs().nan_to_num().max()) if then.numel() else 0.0
     return torch.allclose(now, then.to(now.dtype), rtol=tolerance, atol=tolerance * scale, equal_nan=True)
-
-
-def _autocast() -> tuple[Any, ...]:
-    """What of ``torch.autocast`` decides which operations a trace records."""
-    return tuple((device, torch.get_autocast_dtype(device)) for device in autocasting())

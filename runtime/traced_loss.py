@@ -71,6 +71,8 @@ class TracedLoss:
     """Whether it writes into tensors of the loss's own, so that a further call would count as a step."""
     writes: bool
     """Whether it writes into what it is given."""
+    own: tuple[Tensor, ...]
+    """The loss's own tensors that it reads or writes."""
 
     @classmethod
     def of(cls, graph: fx.GraphModule) -> TracedLoss:
@@ -82,6 +84,7 @@ class TracedLoss:
             any(torch.Tag.nondeterministic_seeded in node.target.tags for node in operations),
             "get_attr" in written,
             "placeholder" in written,
+            tuple(getattr(graph, node.target) for node in graph.graph.nodes if node.op == "get_attr"),
         )
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -20,8 +20,10 @@ from onward.compiler.program import CompiledModel
 from onward.passes.errors import NonFiniteLossError, OptionError
 from onward.runtime.execution import graphs
 from onward.runtime.execution.executors import make_executor
-from onward.runtime.execution.graphs import MOST_CAPTURES, MOST_GRAPHS, GraphedExecutor
+from onward.runtime.execution.graphs import MOST_CAPTURES, MOST_GRAPHS, GraphedExecutor, _reason, difference
+from onward.runtime.execution.step import StepResult
 from onward.runtime.output_gradient import CHECK_EVERY
+from onward.runtime.traced_loss import TracedLoss
 
 SOME = Ratio.auto(reach=0, warmup=1, probe_every=5)
 """One step of five is perturbed."""
@@ -162,16 +164,85 @@ def test_parameters_that_move_are_captured_again_until_it_is_too_much() -> None:
     assert ["keep moving" in str(one.message) for one in told] == [True]
 
 
-def test_a_loss_that_has_changed_is_noticed_in_time() -> None:
-    scale = [1.0]
-    _, own, executor = programs(
-        Ratio.auto(reach=0, warmup=1, probe_every=10**6), loss=lambda o, t: scale[0] * squares(o, t)
-    )
-    train_on(own, [6] * 5)
-    scale[0] = 3.0
-    with pytest.warns(UserWarning, match="gives other numbers than when it was traced"):
-        train_on(own, [6] * (CHECK_EVERY + 2))
-    assert executor.replayed >= CHECK_EVERY - 10
+@pytest.mark.parametrize("sizes", [[6], [6, 4]])
+def test_a_loss_that_has_changed_is_noticed_in_time(sizes: list[int]) -> None:
+    """And what was captured of the old one is not replayed any more."""
+    seldom, found = Ratio.auto(reach=0, warmup=1, probe_every=10**6), []
+    for graphs_too in (False, True):
+        scale = [1.0]
+        program = program_of(seldom, mlp, lambda output, target, scale=scale: scale[0] * squares(output, target))
+        executor = graphed(program) if graphs_too else None
+        train_on(program, sizes * 6)
+        scale[0] = 0.5
+        with pytest.warns(UserWarning, match="gives other numbers than when it was traced"):
+            found.append(train_on(program, sizes * (CHECK_EVERY + 10)))
+    assert executor is not None
+    assert same(*found)
+    assert executor.replayed >= CHECK_EVERY
+    assert executor.captured == 2 * len(sizes)
+
+
+def test_a_replay_that_does_nothing_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a graph is, captured on another device than the kernels ran on: what it left is right, once."""
+    monkeypatch.setattr(graphs, "capture", lambda function, device: (function(), lambda: None))
+    plain, own, executor = programs()
+    expected = train_on(plain, [6] * 9)
+    with pytest.warns(UserWarning, match="gives other numbers for the losses"):
+        assert same(expected, train_on(own, [6] * 9))
+    assert executor.replayed == 0
+
+
+def test_a_replay_that_comes_to_differ_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = [False]
+
+    def capture(function: Callable[[], Any], device: torch.device) -> Any:
+        result, replay = graph_tape.capture(function, device)
+        return result, lambda: (replay(), result.gradients["0.weight"].mul_(2.0 if broken[0] else 1.0))
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    _, own, executor = programs()
+    train_on(own, [6] * 8)
+    assert executor.replayed > 0
+    broken[0] = True
+    with pytest.warns(UserWarning, match=r"gives other numbers for the gradient of 0\.weight"):
+        train_on(own, [6] * 3 * CHECK_EVERY)
+
+
+def test_a_loss_with_a_number_on_another_device_is_not_captured() -> None:
+    """A GPU's kernel takes a number of the CPU's as a constant; here the other device is one without data."""
+    away = torch.ones((), device="meta")
+    loss = TracedLoss(lambda *tensors: list(tensors), False, False, False, (away,))
+    _, own, executor = programs()
+    train_on(own, [6])
+    gradient = own._output_gradient
+    assert gradient is not None
+    (known,) = gradient._known.values()
+    known[:] = [(described, replace(loss, forward=traced.forward)) for described, traced in known]
+    train_on(own, [6] * 9)
+    assert (executor.captured, executor.replayed) == (0, 0)
+
+
+def test_running_out_of_memory_for_a_graph_fails_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(graphs, "own_input", out_of_memory)
+    plain, own, _ = programs()
+    expected = train_on(plain, [6] * 6)
+    with pytest.warns(UserWarning, match=r"could not be captured \(OutOfMemoryError"):
+        assert same(expected, train_on(own, [6] * 6))
+
+
+def test_what_is_compared() -> None:
+    """Infinities do not hide a difference, and are none; nor are numbers that are no floating-point ones."""
+
+    def result(gradient: list[float], moved: Tensor) -> StepResult:
+        return StepResult([], torch.ones(2), {"w": torch.tensor(gradient)}, {"b": moved})
+
+    yes, no = torch.tensor([True]), torch.tensor([False])
+    assert difference(result([torch.inf, 1.0, torch.nan], yes), result([torch.inf, 1.0, torch.nan], yes)) == ""
+    assert difference(result([torch.inf, 1000.0], yes), result([torch.inf, 1.0], yes)) == "gradient of w"
+    assert difference(result([1.0], no), result([1.0], yes)) == "buffer b"
 
 
 def squares(output: Tensor, target: Tensor) -> Tensor:
@@ -255,13 +326,16 @@ def test_options() -> None:
         onward.compile(mlp(), x, loss=F.cross_entropy, estimator="auto", cuda_graphs=True)
     with pytest.raises(OptionError, match="True or False"):
         onward.compile(mlp(), x, loss=F.cross_entropy, cuda_graphs=1)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="does not count what graphs keep"):
+        onward.compile(mlp(), x, loss=F.cross_entropy, cuda_graphs=True, memory="1GiB")
 
 
 def test_on_a_gpu_graphs_are_chosen_and_streams_exclude_them() -> None:
     found = program_of(SOME, mlp, F.cross_entropy).compiled
     leaves = [(leaf[0], leaf[1], torch.device("cuda"), leaf[3]) for leaf in found.captured.signature.leaves]
     signature = replace(found.captured.signature, leaves=leaves)
-    moved = replace(found, captured=replace(found.captured, signature=signature))
+    moved = replace(found, captured=replace(found.captured, signature=signature), reached={})
+    assert isinstance(make_executor(moved, [0.1] * 3, workers=1, streams=1, cuda_graphs=True), GraphedExecutor)
     with pytest.raises(OptionError, match="Choose one of them"):
         make_executor(moved, [0.1] * 3, workers=1, streams=2, cuda_graphs=True)
 
@@ -289,4 +363,5 @@ def test_cuda_graphs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(one, other)
     executor = program.executor
     assert isinstance(executor, GraphedExecutor)
-    assert executor.reason or executor.replayed
+    always_perturbed = CASES[case][1].probe_every == 1 or _reason(executor)
+    assert bool(executor.replayed) != bool(always_perturbed), executor.reason

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -105,6 +105,20 @@ def test_two_noises_stay_two() -> None:
     assert not torch.equal(one, other)
 
 
+def test_operators_of_others_may_draw_numbers_without_saying_so() -> None:
+    library = torch.library.Library("merge_equal", "DEF")
+    library.define("shake(Tensor x) -> Tensor")
+    library.impl("shake", lambda x: x + torch.rand_like(x), "CompositeExplicitAutograd")
+    library.impl("shake", torch.empty_like, "Meta")
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    shaken = [graph.call_function(torch.ops.merge_equal.shake.default, (x,)) for _ in range(2)]
+    graph.output(tuple(shaken))
+    module = fx.GraphModule({}, graph)
+    set_outputs(module, [(Output("value", str(at)), node) for at, node in enumerate(shaken)])
+    assert not torch.equal(*merge_equal(module)(X))
+
+
 def test_a_graph_that_writes_in_place_stays_as_it_is() -> None:
     def compute(x: Tensor) -> tuple[Tensor, Tensor]:
         held = x.clone()
@@ -158,6 +172,7 @@ SAMPLES |= {
     ops.perturb: [
         ((X, IDS, SEED, X[0].exp(), 2, "rademacher", [1, 4], 0, 1, False), {}),
         ((X, IDS, SEED, X[0].exp(), 2, "gaussian", [1, 4], 0, 1, False, Y > X, [1, 1, 2]), {}),
+        ((torch.complex(X, Y).conj().imag, IDS, SEED, X[0].exp(), 2, "rademacher", [1, 4], 0, 1, False), {}),
         ((X.half(), IDS, SEED, X[0].exp(), 2, "rademacher", [1, 4], 0, 1, False), {}),
     ],
     ops.weighted_noise: [((WEIGHTS, IDS, SEED, 2, "gaussian", "sign", [1, 4], 0, 1), {})],

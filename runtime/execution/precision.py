@@ -25,6 +25,11 @@ def autocasting() -> list[str]:
     return [device for device in _DEVICES if torch.is_autocast_enabled(device)]
 
 
+def autocast_dtypes() -> tuple[Any, ...]:
+    """What of ``torch.autocast`` decides which operations a trace, or a capture, records."""
+    return tuple((device, torch.get_autocast_dtype(device)) for device in autocasting())
+
+
 def outside_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
     """`function` with autocast off, and the arguments that are tensors of 16 bits as float32, where it is called within
     autocast; elsewhere `function` as it is, and a model that has 16 bits of its own accord keeps them."""

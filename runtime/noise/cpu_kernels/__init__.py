@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 from ....passes import ops as _declarations  # noqa: F401  (declares what is implemented here)
 
@@ -52,12 +53,15 @@ def register() -> None:
 
 def bound(name: str) -> Callable[..., Tensor]:
     """The operator as a function that calls the compiled one past torch's dispatcher, which takes ten microseconds for
-    its arguments; by way of it where it has something to do: other devices, fake tensors, modes."""
+    its arguments; by way of it where it has something to do: other devices, fake tensors, modes, ``torch.func``."""
     operator = getattr(torch.ops.onward, name).default
 
     def called(tensor: Tensor, *args: Any, **named: Any) -> Tensor:
-        plain = type(tensor) is Tensor and tensor.is_cpu and not torch._C._len_torch_dispatch_stack()
-        return call(name, tensor, *args, **named) if plain else operator(tensor, *args, **named)
+        plain = type(tensor) is Tensor and tensor.is_cpu and not tensor.is_neg()
+        if not plain or torch._C._len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
+            result: Tensor = operator(tensor, *args, **named)
+            return result
+        return call(name, tensor, *args, **named)
 
     return called
 

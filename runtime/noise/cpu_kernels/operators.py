@@ -125,7 +125,7 @@ def count_blocks(
     """`runtime.noise.blocks.count_blocks`, of a mask."""
     assert alive is not None
     of = tied(tuple(sizes), dim, outer, tuple(blocks))
-    counts = torch.zeros(like.shape, dtype=like.dtype)
+    counts = torch.zeros_like(like, memory_format=torch.contiguous_format)
     compiled.count_blocks(
         flat(alive).view(np.uint8),
         _flat(counts),
