@@ -9,7 +9,8 @@ streams where the tasks' graph says so. In the end the caller's stream waits for
 
 **Memory.** torch's allocator gives freed memory back to the stream that asked for it, and knows of no other that may
 still read it. So whatever a task made is lent (`lend`) to the streams of the tasks that read it, and the step's result
-to the caller's stream. What the step was given is freed behind its end, when all streams are past it.
+to the caller's stream; so is a gradient to the stream that updates a weight by it, which lets go of it. What else the
+step was given is freed behind its end, when all streams are past it.
 
 **The host** issues a step without waiting for the GPU, but where it needs a number: see method.md, "What runs side by
 side". Losses have to be finite; that is looked at once, when all tasks are issued and before anything is written.
@@ -27,7 +28,7 @@ from torch import Tensor, get_device_module
 from ...compiler.program import CompiledModel
 from ..feedback import FeedbackState
 from ..finite import all_finite
-from ..plan import Action, Error, Forward, Gradient, Learn, Perturb
+from ..plan import Action, Error, Forward, Gradient, Learn, Perturb, Update
 from ..schedule.costs import estimated_costs
 from ..schedule.tasks import make_tasks
 from .executor import SerialExecutor
@@ -49,24 +50,28 @@ class StreamedExecutor(SerialExecutor):
     def __init__(self, compiled: CompiledModel, sigmas: list[float], streams: int) -> None:
         super().__init__(compiled, sigmas)
         self.streams = streams
-        self._plans: dict[bool, StreamPlan] = {}
+        self._plans: dict[tuple[bool, bool], StreamPlan] = {}
         self._pools: dict[torch.device, list[Any]] = {}
         self._unchecked: list[tuple[Tensor, Callable[[], NoReturn]]] | None = None
 
-    def stream_plan(self, samples: int, *, perturbed: bool) -> StreamPlan:
-        """How a step with or without a perturbed run is issued; made for the first batch's number of samples, which
-        changes costs and with them places, but no result."""
-        if perturbed not in self._plans:
-            plan = self.plan if perturbed else self.clean_plan
-            tasks = make_tasks(self.compiled, plan, in_flight=self.streams)
+    def stream_plan(self, samples: int, *, perturbed: bool, updated: bool = False) -> StreamPlan:
+        """How a step with or without a perturbed run, and with or without updates, is issued; made for the first
+        batch's number of samples, which changes costs and with them places, but no result."""
+        kind = perturbed, updated
+        if kind not in self._plans:
+            tasks = make_tasks(self.compiled, self.plans[kind], in_flight=self.streams)
             costs = estimated_costs(self.compiled, tasks, samples)
-            self._plans[perturbed] = make_stream_plan(tasks, costs, self.streams)
-        return self._plans[perturbed]
+            self._plans[kind] = make_stream_plan(tasks, costs, self.streams)
+        return self._plans[kind]
+
+    def waits(self, *, perturbed: bool) -> str:
+        return ""
 
     def execute(self, step: Step, plan: Sequence[Action]) -> None:
         device = step.given.device
         module = get_device_module(device)
-        chosen = self.stream_plan(step.given.samples, perturbed=plan is self.plan)
+        given = step.given
+        chosen = self.stream_plan(given.samples, perturbed=given.perturbed, updated=given.updates is not None)
         if device not in self._pools:
             self._pools[device] = [module.Stream(device) for _ in range(self.streams)]
         streams = self._pools[device]
@@ -110,6 +115,8 @@ class StreamedExecutor(SerialExecutor):
                 stream.wait_event(events[before])
             if isinstance(task.action, Perturb):
                 step.narrowed.pop(task.action.run, None)  # each chunk cuts its own: no other stream's may be unfinished
+            elif isinstance(task.action, Update):
+                _lend_gradient(step, task.action, stream)
             with module.stream(stream):
                 self.do(step, task.action, issue.stream)
             for reader in plan.readers[position]:
@@ -159,7 +166,16 @@ def _made(step: Step, action: Action) -> Iterable[Tensor]:
             found = [*step.corrections.values(), *_of_feedback(step.result.feedback)]
         case Gradient(site, _):
             found = [step.result.gradients.get(name) for name in step.compiled.sites[site].parameters]
+        case Update():  # a weight and its optimizer's state outlive the step
+            found = []
     return [value for value in found if isinstance(value, Tensor)]
+
+
+def _lend_gradient(step: Step, action: Update, stream: Any) -> None:
+    """The gradient that an update reads and lets go of."""
+    gradient = None if step.given.updates is None else step.given.updates.gradient(action.parameter)
+    if gradient is not None:
+        lend(gradient, stream)
 
 
 def _of_result(result: StepResult) -> Iterator[Tensor]:

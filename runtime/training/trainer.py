@@ -18,6 +18,14 @@ Batches that were done before the checkpoint are skipped, without loading them w
 **Ctrl-C** (or SIGTERM) once: the step in progress is finished, a checkpoint is written, and `fit` *returns* its history
 with ``interrupted=True``, as Keras and Lightning users expect of an early stop; no exception is raised. A second one
 raises `KeyboardInterrupt` at once. From other threads, call `Trainer.stop`.
+
+**Pipeline.** With several workers or streams the optimizer's updates after a step become tasks of the next one, whose
+forward *chases* them: a stage waits for the updates of the weights that it reads, and for no other. No weight is stale,
+the bits are those of ``optimizer.step()``, and a step that fails leaves weights and optimizer as after the step before.
+All updates are done before the trainer tests, writes a checkpoint, steps a scheduler after an epoch, returns or raises.
+What reads weights on its own between two steps, a data set or a loader for one, sees them before the last update. One
+worker, an optimizer that may couple parameters, step hooks (where gradients are clipped), or a way that measures slower
+is a barrier: the whole step at once, as in a loop by hand. `Trainer.pipeline` says which, and why.
 """
 
 from __future__ import annotations
@@ -41,11 +49,12 @@ from .data_order import count_batches, generators_of, start_epoch
 from .evaluation import METRICS, Metric, accuracy, evaluate
 from .history import EpochRecord, History, Position
 from .metrics import JsonLines, ProgressBar, Sink, TensorBoard, require_tensorboard
+from .per_parameter import PendingUpdates, coupling
 from .random_state import capture_rng, restore_rng
 from .run_state import capture, restore
 from .stop_request import StopRequest
-from .trainable import TrainableProgram
-from .update import check_optimizer, check_weights, update
+from .trainable import ChasingProgram, TrainableProgram
+from .update import check_gradients, check_optimizer, check_weights, update
 
 
 class _StoppedError(Exception):
@@ -53,7 +62,7 @@ class _StoppedError(Exception):
 
 
 class Trainer:
-    """Trains a compiled program: epochs, validation, checkpoints, exact resume, metrics, Ctrl-C.
+    """Trains a compiled program: epochs, validation, checkpoints, exact resume, metrics, Ctrl-C, pipelined steps.
 
     Args:
         program: what ``onward.compile`` returned. Its model is trained in place; the trainer does not touch the
@@ -116,8 +125,27 @@ class Trainer:
         self.tensorboard = tensorboard
         self.progress = progress
         self._stop = StopRequest()
+        self._names = {id(parameter): name for name, parameter in program.model.named_parameters()}
+        self._chasing = program if isinstance(program, ChasingProgram) else None
+        self._pending: PendingUpdates | None = None
+        """What the optimizer has still to do after the last step."""
 
     # --- the public face ----------------------------------------------------------------------------------------------
+
+    @property
+    def pipeline(self) -> str:
+        """How steps follow each other: "chase", or "barrier" and why all updates of the weights come before the next
+        step (see the module's docstring); both where steps with and without a perturbed run differ. What measures
+        faster shows after some steps."""
+        if self._chasing is None:
+            return "barrier: the program takes no updates"
+        perturbed, clean = (self._chasing.waits(perturbed=kind) for kind in (True, False))
+        if not (perturbed and clean) and (why := coupling(self.optimizer)):
+            return f"barrier: {why}"
+        if perturbed == clean:
+            return f"barrier: {clean}" if clean else "chase"
+        kind, other = ("with", "without") if clean else ("without", "with")
+        return f"chase in steps {kind} a perturbed run; in those {other} one a barrier: {perturbed or clean}"
 
     def fit(
         self,
@@ -158,6 +186,7 @@ class Trainer:
         self._stop.made = False
         with ExitStack() as stack:
             stack.enter_context(self._stop.on_signals())
+            stack.callback(self._finish_updates)
             position = self._begin(loader, resume)
             sinks = self._open_sinks(stack, position)
             for group in self.optimizer.param_groups:
@@ -191,6 +220,7 @@ class Trainer:
             found = newest
         else:
             raise CheckpointError(f"there is no checkpoint in {self.directory}")
+        self._finish_updates()
         restore(found, self.program, self.optimizer, self.scheduler)
         return found.step
 
@@ -262,6 +292,7 @@ class Trainer:
         if position.batch == 0:
             raise DataError(f"the loader gave no batch in epoch {position.epoch + 1}")
 
+        self._finish_updates()
         check_weights(self.program.model)
         values: dict[str, float] = {}
         if validation is not None:
@@ -304,8 +335,8 @@ class Trainer:
                 f"the metric 'accuracy' needs whole class numbers as target, not {target.dtype}: "
                 "pass metrics=None or metrics={name: function}"
             )
-        loss = float(self.program.step(inputs, target))
-        update(self.program, self.optimizer)
+        loss = float(self._step(inputs, target))
+        self._update()
         lr = self._learning_rates()
         if self.scheduler is not None and self.scheduler_step == "batch":
             self.scheduler.step()
@@ -339,8 +370,31 @@ class Trainer:
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
+    def _step(self, inputs: Any, target: Any) -> Tensor:
+        """The program's step, on weights that are updated before it or in the course of it."""
+        if self._chasing is None or self._pending is None:
+            return self.program.step(inputs, target)
+        loss = self._chasing.step(inputs, target, updates=self._pending)
+        self._pending = None
+        return loss
+
+    def _update(self) -> None:
+        """The optimizer's step, now or with the next step; raises `NonFiniteGradientError` now."""
+        if self._chasing is None or self._chasing.waits() or coupling(self.optimizer):
+            update(self.program, self.optimizer)
+            return
+        check_gradients(self.program.model, self.optimizer)
+        self._pending = PendingUpdates(self.optimizer, self._names, self.program.trust())
+
+    def _finish_updates(self) -> None:
+        if self._pending is not None:
+            self._pending.finish()
+            self._pending = None
+
     def _evaluate(self, loader: Iterable[Any], *, stoppable: bool) -> dict[str, float]:
         """As `evaluate`; raises `_StoppedError` if `stoppable` and stopped."""
+
+        self._finish_updates()
 
         def batches() -> Iterator[tuple[Any, Any]]:
             for batch in loader:
@@ -362,6 +416,7 @@ class Trainer:
         """Write a checkpoint, if the run has a directory."""
         if self.directory is None:
             return
+        self._finish_updates()
         check_weights(self.program.model)
         for sink in sinks:
             sink.flush()  # a checkpoint never knows steps that the metrics lack
