@@ -430,6 +430,8 @@ def test_what_couples_parameters_is_named() -> None:
     handle = register_optimizer_step_post_hook(lambda *_: None)
     assert "step hooks" in coupling(optimizer)
     handle.remove()
+    with torch.inference_mode():
+        assert "inference mode" in coupling(optimizer)
     assert coupling(optimizer) == ""
     optimizer.step = lambda: None  # type: ignore[assignment, method-assign]
     assert coupling(optimizer) == "the step of this SGD was replaced"

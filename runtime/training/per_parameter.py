@@ -50,6 +50,8 @@ ALONE: frozenset[type[torch.optim.Optimizer]] = frozenset(
 def coupling(optimizer: torch.optim.Optimizer) -> str:
     """Why the optimizer's step has to be taken whole; "" if its parameters can be apart."""
     kind = type(optimizer)
+    if torch.is_inference_mode_enabled():
+        return "in inference mode the optimizer's state is of that mode"
     if kind not in ALONE:
         return f"{kind.__name__} may couple parameters"
     hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
