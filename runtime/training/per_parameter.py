@@ -7,15 +7,18 @@ parts that it reads (`schedule.pipeline`, rule *chase*). What `ALONE` does not l
 A part is the step of a **sibling** of the optimizer: the same class and options, with one group of one parameter, as
 the group was when the training step ended, and that parameter's own state. So threads share no group and no table of
 states, and a scheduler that moves a learning rate meanwhile does not reach back. The whole, where no part has begun, is
-the step of a sibling with all groups.
+the step of a sibling with all groups. What torch wraps around a step (hooks, profiling, dynamo), which costs a small
+parameter more than its update, is left out.
 """
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from types import TracebackType
 from typing import Any
 
@@ -23,10 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_hooks
 
-from .update import step_scaled
+from .update import scaled
 
 Group = dict[str, Any]
 """A parameter group of an optimizer."""
+
+State = defaultdict[Tensor, Any]
+"""An optimizer's, by parameter."""
 
 ALONE: frozenset[type[torch.optim.Optimizer]] = frozenset(
     {
@@ -75,10 +81,11 @@ class _Part:
     """The optimizer's of this parameter, once it is updated."""
 
     def take(self, optimizer: torch.optim.Optimizer) -> None:
-        held = {self.parameter: optimizer.state[self.parameter]} if self.parameter in optimizer.state else {}
-        own = _sibling(optimizer, [{**self.group, "params": [self.parameter]}], defaultdict(dict, held))
-        step_scaled(own, [(self.parameter, self.trust)] if self.trust < 1 else [])
-        self.state = own.state.get(self.parameter)
+        own: State = defaultdict(dict)
+        if self.parameter in optimizer.state:
+            own[self.parameter] = optimizer.state[self.parameter]
+        _step(optimizer, [{**self.group, "params": [self.parameter]}], own, [self])
+        self.state = own.get(self.parameter)
         self.parameter.grad = None
 
 
@@ -155,8 +162,7 @@ class PendingUpdates:
         self.finish()
 
     def _take_whole(self) -> None:
-        sibling = _sibling(self._optimizer, self._groups, self._optimizer.state)
-        step_scaled(sibling, [(part.parameter, part.trust) for part in self._parts if part.trust < 1])
+        _step(self._optimizer, self._groups, self._optimizer.state, self._parts)
         for part in self._parts:
             part.parameter.grad = None
 
@@ -166,10 +172,16 @@ def _copied(group: Group) -> Group:
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
 
 
-def _sibling(optimizer: torch.optim.Optimizer, groups: Sequence[Group], state: Any) -> torch.optim.Optimizer:
-    """An optimizer of the same class and options, with other groups and state, whose step is the class's own."""
-    found: torch.optim.Optimizer = object.__new__(type(optimizer))
-    vars(found).update(vars(optimizer))
-    vars(found).pop("step", None)
-    found.param_groups, found.state = list(groups), state
-    return found
+def _step(optimizer: torch.optim.Optimizer, groups: Sequence[Group], state: State, parts: Sequence[_Part]) -> None:
+    """The bare step of an optimizer of the same class and options, with these groups and states, for these parts."""
+    sibling: torch.optim.Optimizer = object.__new__(type(optimizer))
+    vars(sibling).update(vars(optimizer))
+    sibling.param_groups, sibling.state = list(groups), state
+    with torch.no_grad():
+        scaled(partial(_bare(type(optimizer)), sibling), [(p.parameter, p.trust) for p in parts if p.trust < 1])
+
+
+@cache
+def _bare(kind: Any) -> Any:
+    """A class's step as it is written."""
+    return inspect.unwrap(kind.step)

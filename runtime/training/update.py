@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,14 +38,15 @@ def update(program: TrainableProgram, optimizer: torch.optim.Optimizer) -> None:
     """
     model = program.model
     check_gradients(model, optimizer)
-    step_scaled(optimizer, [(model.get_parameter(name), trust) for name, trust in program.trust().items() if trust < 1])
+    doubted = [(model.get_parameter(name), trust) for name, trust in program.trust().items() if trust < 1]
+    scaled(optimizer.step, doubted)
     optimizer.zero_grad(set_to_none=True)
 
 
-def step_scaled(optimizer: torch.optim.Optimizer, doubted: Sequence[tuple[Tensor, float]]) -> None:
-    """The optimizer's step, of which the parameters in `doubted` take their shares."""
+def scaled(step: Callable[[], object], doubted: Sequence[tuple[Tensor, float]]) -> None:
+    """Take an optimizer's step, of which the parameters in `doubted` keep their shares."""
     before = [weight.detach().clone() for weight, _ in doubted]
-    optimizer.step()
+    step()
     with torch.no_grad():
         for (weight, trust), old in zip(doubted, before, strict=True):
             weight.copy_(torch.lerp(old, weight, trust))
