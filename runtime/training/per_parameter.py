@@ -18,7 +18,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -34,8 +34,9 @@ Group = dict[str, Any]
 State = defaultdict[Tensor, Any]
 """An optimizer's, by parameter."""
 
-ALONE: frozenset[type[torch.optim.Optimizer]] = frozenset(
-    {
+ALONE: dict[type[torch.optim.Optimizer], Any] = {
+    kind: inspect.unwrap(kind.step)
+    for kind in (
         torch.optim.SGD,
         torch.optim.Adam,
         torch.optim.AdamW,
@@ -47,9 +48,10 @@ ALONE: frozenset[type[torch.optim.Optimizer]] = frozenset(
         torch.optim.RMSprop,
         torch.optim.ASGD,
         torch.optim.Rprop,
-    }
-)
-"""Optimizers that treat each parameter, and each of its elements, by itself. Exact classes: a subclass may couple them.
+    )
+}
+"""Optimizers that treat each parameter, and each of its elements, by itself, with their bare steps. Exact classes: a
+subclass may couple parameters.
 (Adafactor and Muon couple the elements of a parameter, in sums whose bits depend on the number of threads.)"""
 
 
@@ -178,10 +180,4 @@ def _step(optimizer: torch.optim.Optimizer, groups: Sequence[Group], state: Stat
     vars(sibling).update(vars(optimizer))
     sibling.param_groups, sibling.state = list(groups), state
     with torch.no_grad():
-        scaled(partial(_bare(type(optimizer)), sibling), [(p.parameter, p.trust) for p in parts if p.trust < 1])
-
-
-@cache
-def _bare(kind: Any) -> Any:
-    """A class's step as it is written."""
-    return inspect.unwrap(kind.step)
+        scaled(partial(ALONE[type(optimizer)], sibling), [(p.parameter, p.trust) for p in parts if p.trust < 1])
