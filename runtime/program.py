@@ -150,10 +150,12 @@ class Program:
 
     def waits(self, *, perturbed: bool | None = None) -> str:
         """Why a step waits for all updates of the weights after the one before; "" if its tasks wait only for those of
-        the weights that they read. A step with or without a perturbed run; None: the next."""
+        the weights that they read. A step with or without a perturbed run, if there are both; None: the next."""
         if self.compiled.estimator.sampling != "all":
             return "a clean run draws the samples before a step's tasks"
-        return self.executor.waits(perturbed=self._perturbs() if perturbed is None else perturbed)
+        if self.feedback is None or perturbed is None:
+            perturbed = self._perturbs()
+        return self.executor.waits(perturbed=perturbed)
 
     @torch.inference_mode(False)
     def calibrate(

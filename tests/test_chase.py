@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from executor_cases import batch, compiled_for, data_of, model_for
+from executor_cases import CASES, batch, compiled_for, data_of, model_for, same
 from safetensors.torch import load_file
 from stream_recorder import FakeDevice, Recording
 from torch import Tensor, nn
@@ -29,7 +29,8 @@ from onward.runtime.execution.executor import SerialExecutor
 from onward.runtime.execution.step import Step
 from onward.runtime.execution.stream_plan import check_stream_plan
 from onward.runtime.execution.streams import StreamedExecutor
-from onward.runtime.execution.threads import TRIALS, ThreadedExecutor, Way
+from onward.runtime.execution.threads import ThreadedExecutor
+from onward.runtime.execution.trial import TRIALS, WARM_UP, Trial, Way
 from onward.runtime.plan import Action, Error, Forward, Update, make_plan, parameters_in_order, with_updates
 from onward.runtime.schedule.bounds import simulate
 from onward.runtime.schedule.picture import to_picture
@@ -70,7 +71,8 @@ def trainer_of(case: str, make: Make, ways: str, loss: Any = F.cross_entropy, **
     if isinstance(program.executor, ThreadedExecutor):
         program.executor.concurrent = True
     if ways == "streams":
-        program.executor = StreamedExecutor(compiled, program.sigmas, 3)
+        program.executor = executor = StreamedExecutor(compiled, program.sigmas, 3)
+        executor.chases = True
     optimizer = make(list(program.model.parameters()))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 0.9**done)
     options = {"metrics": None, "progress": False, **options}
@@ -162,8 +164,10 @@ def test_checkpoints_in_between_are_those_of_a_barrier(tmp_path: Path) -> None:
         found.append(written)
     assert [name for name, *_ in found[0]] == [f"step-{step:09d}" for step in (0, 3, 6, 7)]
     assert str(found[0]) == str(found[1])
-    resumed = trainer_of(case, OPTIMIZERS["momentum"], "threads", directory=tmp_path / "threads")
+    resumed = trainer_of(case, OPTIMIZERS["momentum"], "threads")
     assert resumed.restore(tmp_path / "threads" / "step-000000003") == 3
+    resumed.fit(batches(case, 7)[3:], 1)
+    assert digest(resumed) == after(7)
 
 
 @pytest.mark.usefixtures("delayed")
@@ -416,9 +420,8 @@ class _Own(torch.optim.SGD):
 
 def test_what_couples_parameters_is_named() -> None:
     parameters = [nn.Parameter(torch.zeros(2))]
-    assert {
-        type(make([nn.Parameter(torch.zeros(2)) for _ in range(3)])) for make in OPTIMIZERS.values()
-    } == ALONE.keys()
+    tested = {type(make([nn.Parameter(torch.zeros(2)) for _ in range(3)])) for make in OPTIMIZERS.values()}
+    assert tested == ALONE.keys()
     assert coupling(_Own(parameters)) == "_Own may couple parameters"
     assert coupling(torch.optim.LBFGS(parameters)) == "LBFGS may couple parameters"
     optimizer = torch.optim.SGD(parameters)
@@ -472,6 +475,12 @@ def test_programs_that_take_no_updates_are_a_barrier() -> None:
     assert trainer.pipeline == "barrier: a clean run draws the samples before a step's tasks"
 
 
+def judge(fastest: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one way measure faster than the others."""
+    tell = Trial.tell
+    monkeypatch.setattr(Trial, "tell", lambda self, way, _: tell(self, way, 1.0 if way is fastest else 2.0))
+
+
 @pytest.mark.parametrize("fastest", Way)
 def test_what_measures_fastest_is_kept(fastest: Way, applied: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """And if that is not the chase, updates are done before the step again. No bit changes on the way."""
@@ -482,23 +491,42 @@ def test_what_measures_fastest_is_kept(fastest: Way, applied: list[str], monkeyp
     executor = program.executor
     assert isinstance(executor, ThreadedExecutor)
     executor.concurrent = None
-    tell = threading_module._Trial.tell
-    monkeypatch.setattr(
-        threading_module._Trial, "tell", lambda self, way, seconds: tell(self, way, 1.0 if way is fastest else 2.0)
-    )
+    judge(fastest, monkeypatch)
     trainer.fit(batches(case, steps), 1)
     assert digest(trainer) == after(steps, case, OPTIMIZERS["Adam"])
     chases = fastest is Way.CHASE
     assert executor.chosen(perturbed=True, updated=True) is chases
     assert program.waits() == ("" if chases else f"{fastest.value} measured faster")
     assert executor.chosen(perturbed=True) is (None if chases else fastest is Way.SIDE_BY_SIDE)
-    assert trainer.pipeline.startswith("chase in steps without a perturbed run" if not chases else "chase")
+    assert trainer.pipeline == ("chase" if chases else f"barrier: {fastest.value} measured faster")
     # in a row while that is measured by task: in the others they go before, or are tasks
-    assert len(applied) == (threading_module.WARM_UP + TRIALS + (5 if chases else 0)) * 6
+    assert len(applied) == (WARM_UP + TRIALS + (5 if chases else 0)) * 6
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert "thread" in program.waits()
     executor.concurrent = False
     assert trainer.pipeline == "barrier: a step's tasks run one after the other"
+
+
+@pytest.mark.parametrize("fastest", [Way.SIDE_BY_SIDE, Way.CHASE])
+def test_streams_keep_what_measures_fastest(fastest: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of either kind of step; until then both go on."""
+    trainer = trainer_of("auto", OPTIMIZERS["Adam"], "streams")
+    program = trainer.program
+    assert isinstance(program, onward.Program)
+    executor = program.executor
+    assert isinstance(executor, StreamedExecutor)
+    executor.chases = None
+    judge(fastest, monkeypatch)
+    trainer.fit(batches("auto", 2 * TRIALS), 1)
+    assert trainer.pipeline == "chase"  # so far
+    program.next_probe = 1 << 30  # steps without a perturbed run
+    trainer.fit(batches("auto", 3 * TRIALS), 1)
+    late = f"{fastest.value} measured faster"
+    assert program.waits() == ("" if fastest is Way.CHASE else late)
+    mixed = f"chase in steps with a perturbed run; in those without one a barrier: {late}"
+    assert trainer.pipeline == ("chase" if fastest is Way.CHASE else mixed)
+    executor.chases = False
+    assert trainer.pipeline == f"barrier: {Way.SIDE_BY_SIDE.value} measured faster"
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------
@@ -550,14 +578,17 @@ def test_the_books_find_a_stage_that_does_not_wait_for_its_weights(monkeypatch: 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_gpus_streams_chase_with_the_bits_of_a_barrier(name: str) -> None:
+    """There torch updates all parameters in one kernel by default, and each by itself in one of its own."""
     x, y = (tensor.cuda() for tensor in data_of("auto"))
-    digests = set()
+    found = []
     for streams in (1, 3):
         model = model_for("auto").cuda()
-        program = onward.compile(model, x, loss=F.cross_entropy, estimator="auto", seed=3, streams=streams)
+        program = onward.compile(model, x, loss=F.cross_entropy, estimator=CASES["auto"][1], seed=3, streams=streams)
+        if isinstance(program.executor, StreamedExecutor):
+            program.executor.chases = True
         trainer = Trainer(program, OPTIMIZERS[name](list(model.parameters())), metrics=None, progress=False)
         trainer.fit([(x + 0.1 * number, y) for number in range(20)], 1)
-        assert trainer.pipeline.startswith("chase" if streams > 1 else "barrier")
-        program.model.cpu()
-        digests.add(str(program.model.state_dict()))
-    assert len(digests) == 1
+        assert (trainer.pipeline == "chase") is (streams > 1)
+        states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+        found.append([*model.state_dict().values(), *(value for value in states if isinstance(value, Tensor))])
+    assert same(*found)

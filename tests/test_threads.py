@@ -33,7 +33,8 @@ from onward.passes.errors import NonFiniteLossError, OptionError
 from onward.runtime.execution import threads as threading_module
 from onward.runtime.execution.executor import SerialExecutor
 from onward.runtime.execution.step import Step
-from onward.runtime.execution.threads import TRIALS, ThreadedExecutor, Way, _Trial
+from onward.runtime.execution.threads import ThreadedExecutor
+from onward.runtime.execution.trial import TRIALS, Trial, Way
 from onward.runtime.plan import Action, Gradient, Perturb
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -194,7 +195,7 @@ def test_the_loss_is_called_by_one_worker_at_a_time() -> None:
 @pytest.mark.parametrize("among", [tuple(Way), tuple(Way)[:2]])
 def test_the_fastest_way_is_kept(among: tuple[Way, ...]) -> None:
     for fastest in among:
-        trial = _Trial(among)
+        trial = Trial(among)
         ways = []
         while trial.choice is None:
             ways.append(trial.next())

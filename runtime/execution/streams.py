@@ -12,12 +12,16 @@ still read it. So whatever a task made is lent (`lend`) to the streams of the ta
 to the caller's stream; so is a gradient to the stream that updates a weight by it, which lets go of it. What else the
 step was given is freed behind its end, when all streams are past it.
 
+**Updates** of the weights are tasks of the next step where that is faster: one by one they give the host more to issue
+than all of them at once. It gets measured; a step ends when the GPU has done it (below), so that times are whole.
+
 **The host** issues a step without waiting for the GPU, but where it needs a number: see method.md, "What runs side by
 side". Losses have to be finite; that is looked at once, when all tasks are issued and before anything is written.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -34,6 +38,7 @@ from ..schedule.tasks import make_tasks
 from .executor import SerialExecutor
 from .step import Step, StepResult
 from .stream_plan import StreamPlan, make_stream_plan
+from .trial import Trial, Way
 
 
 class StreamedExecutor(SerialExecutor):
@@ -43,6 +48,10 @@ class StreamedExecutor(SerialExecutor):
     ``stream``. torch's module of the CPU has them too, and its streams run everything at once: there a step is the
     serial executor's.
 
+    Attributes:
+        streams: how many streams.
+        chases: True or False: updates are tasks of the next step, or all done before it; None: as measured.
+
     A step that fails raises what the first of the failed tasks in the plan's order raised, or a loss before it that was
     not finite; the caller's stream then waits for all that has been issued.
     """
@@ -50,6 +59,8 @@ class StreamedExecutor(SerialExecutor):
     def __init__(self, compiled: CompiledModel, sigmas: list[float], streams: int) -> None:
         super().__init__(compiled, sigmas)
         self.streams = streams
+        self.chases: bool | None = None
+        self._trials = {perturbed: Trial((Way.SIDE_BY_SIDE, Way.CHASE)) for perturbed in (True, False)}
         self._plans: dict[tuple[bool, bool], StreamPlan] = {}
         self._pools: dict[torch.device, list[Any]] = {}
         self._unchecked: list[tuple[Tensor, Callable[[], NoReturn]]] | None = None
@@ -65,13 +76,33 @@ class StreamedExecutor(SerialExecutor):
         return self._plans[kind]
 
     def waits(self, *, perturbed: bool) -> str:
-        return ""
+        way = self._way(perturbed)
+        return "" if way in (None, Way.CHASE) else f"{way.value} measured faster"
+
+    def _way(self, perturbed: bool) -> Way | None:
+        """How steps with updates are run, None while that is being measured."""
+        if self.chases is None:
+            return self._trials[perturbed].choice
+        return Way.CHASE if self.chases else Way.SIDE_BY_SIDE
 
     def execute(self, step: Step, plan: Sequence[Action]) -> None:
+        updates, perturbed = step.given.updates, step.given.perturbed
+        if updates is None:
+            self._run(step, updated=False)
+            return
+        trial = self._trials[perturbed]
+        way = self._way(perturbed) or trial.next()
+        started = time.perf_counter()
+        if way is Way.SIDE_BY_SIDE:
+            self.begin(updates)
+        self._run(step, updated=way is Way.CHASE)
+        if self._way(perturbed) is None:
+            trial.tell(way, time.perf_counter() - started)
+
+    def _run(self, step: Step, *, updated: bool) -> None:
         device = step.given.device
         module = get_device_module(device)
-        given = step.given
-        chosen = self.stream_plan(given.samples, perturbed=given.perturbed, updated=given.updates is not None)
+        chosen = self.stream_plan(step.given.samples, perturbed=step.given.perturbed, updated=updated)
         if device not in self._pools:
             self._pools[device] = [module.Stream(device) for _ in range(self.streams)]
         streams = self._pools[device]

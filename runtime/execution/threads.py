@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import copy_context
 from dataclasses import replace
-from enum import Enum
 from typing import Any
 
 import torch
@@ -33,21 +32,7 @@ from ..schedule.tasks import Task, make_tasks
 from .executor import IN_A_ROW, SerialExecutor
 from .precision import autocasting
 from .step import Step, Updates
-
-
-class Way(Enum):
-    """How the tasks of a step are run."""
-
-    IN_A_ROW = "one after the other"
-    SIDE_BY_SIDE = "side by side, behind all updates"
-    CHASE = "side by side, the updates among them"
-
-
-TRIALS = 8
-"""Steps that are measured each way, of every kind of step."""
-
-WARM_UP = 4
-"""The first of them, which tell what the tasks cost and not which way is faster."""
+from .trial import WARM_UP, Trial, Way
 
 
 class ThreadedExecutor(SerialExecutor):
@@ -74,7 +59,7 @@ class ThreadedExecutor(SerialExecutor):
             kind: _Graph(make_tasks(compiled, plan, in_flight=workers)) for kind, plan in self.plans.items()
         }
         ways = tuple(Way)
-        self._trials = {(perturbed, updated): _Trial(ways[: 2 + updated]) for perturbed, updated in self.plans}
+        self._trials = {(perturbed, updated): Trial(ways[: 2 + updated]) for perturbed, updated in self.plans}
         self._pool: ThreadPoolExecutor | None = None
         self._process = 0
 
@@ -181,25 +166,6 @@ class _Graph:
         """Seconds of every task in the first serial steps."""
         self.order: Sequence[float] = [0.0] * len(tasks)
         """Of the tasks that are ready, those with the larger number go first: the longest way left, as measured."""
-
-
-class _Trial:
-    """The seconds of steps of a kind, run each way in turn until the fastest is known; of equal ones the first."""
-
-    def __init__(self, ways: Sequence[Way]) -> None:
-        self.ways = ways
-        self.seconds: dict[Way, list[float]] = {way: [] for way in ways}
-        self.choice: Way | None = None
-
-    def next(self) -> Way:
-        """How to run the next step."""
-        return self.choice or min(self.ways, key=lambda way: len(self.seconds[way]))
-
-    def tell(self, way: Way, seconds: float) -> None:
-        """How long a step took that was run this way."""
-        self.seconds[way].append(seconds)
-        if min(map(len, self.seconds.values())) >= TRIALS:
-            self.choice = min(self.ways, key=lambda way: statistics.median(self.seconds[way][WARM_UP:]))
 
 
 class _Run:
