@@ -44,8 +44,7 @@ class SerialExecutor(BoundModel):
     def run(self, given: StepInput) -> StepResult:
         """One step; raises NonFiniteLossError, and whatever the loss raises."""
         step = Step(self, given)
-        with nullcontext() if given.updates is None else given.updates:
-            self.execute(step, self.plan if given.perturbed else self.clean_plan)
+        self.execute(step, self.plan if given.perturbed else self.clean_plan)
         return step.result
 
     def execute(self, step: Step, plan: Sequence[Action]) -> None:

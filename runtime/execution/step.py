@@ -89,7 +89,7 @@ class StepInput:
     weights: Tensor | None = None
     """How much each sample counts in the gradient, ``(N,)``, where they do not count alike (`runtime.sampling`)."""
     updates: Updates | None = None
-    """Of the weights, to be done before they are read. After the step, failed or not, all are."""
+    """Of the weights, each to be done before anything reads it; of a step that fails some are left."""
 
 
 class Step:

@@ -135,17 +135,15 @@ class Trainer:
     @property
     def pipeline(self) -> str:
         """How steps follow each other: "chase", or "barrier" and why all updates of the weights come before the next
-        step (see the module's docstring); both where steps with and without a perturbed run differ. What measures
+        step (see the module's docstring); of both where steps with and without a perturbed run differ. What measures
         faster shows after some steps."""
         if self._chasing is None:
             return "barrier: the program takes no updates"
         perturbed, clean = (self._chasing.waits(perturbed=kind) for kind in (True, False))
         if not (perturbed and clean) and (why := coupling(self.optimizer)):
-            return f"barrier: {why}"
-        if perturbed == clean:
-            return f"barrier: {clean}" if clean else "chase"
-        kind, other = ("with", "without") if clean else ("without", "with")
-        return f"chase in steps {kind} a perturbed run; in those {other} one a barrier: {perturbed or clean}"
+            perturbed = clean = why
+        found = [f"barrier: {why}" if why else "chase" for why in (perturbed, clean)]
+        return found[0] if perturbed == clean else f"{found[0]}; in steps without a perturbed run {found[1]}"
 
     def fit(
         self,
