@@ -8,9 +8,10 @@ of the step, *one core* is the serial executor with one thread, which has the bi
 in turn, A B C A B C …, and every ratio is formed within a round. *Bound*: no schedule of these tasks, measured one by
 one, is shorter on so many workers.
 
-A second table has a step with Adam's update of the weights. *Serial*: all threads in each operation, the update behind
-the step. *Barrier*: workers, the update behind the step. *Chase*: workers, the updates among the tasks of the next
-step, as `onward.Trainer` does it. *Chosen*: what the executor, left to itself, does in a trainer.
+A second table has a step with Adam's update of the weights. *One core*: one thread, the update behind the step.
+*Barrier*: workers, the update behind the step. *Chase*: workers, the updates among the tasks of the next step, as
+`onward.Trainer` does it. *Chosen*: what the executor, left to itself, does in a trainer. (No variant with all threads
+in each operation is among these: threads that wait for more of its work would hold back whichever comes next.)
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from onward.runtime.schedule.bounds import lower_bound
 from onward.runtime.schedule.costs import measured_costs
 from onward.runtime.schedule.tasks import make_tasks
 from onward.runtime.schedule.timeline import record
-from onward.runtime.training.per_parameter import PendingUpdates
-from onward.runtime.training.update import check_gradients, update
+from onward.runtime.training.pipeline import Pipeline
+from onward.runtime.training.update import update
 
 
 def deep_mlp(width: int) -> Callable[[], nn.Module]:
@@ -191,32 +192,28 @@ class UpdateRow:
     """What was measured of one case with the optimizer's update."""
 
     case: str
-    serial_ms: Spread
+    one_core_ms: Spread
     barrier_ms: Spread
     chase_ms: Spread
     barrier_over_chase: Spread
-    serial_over_chase: Spread
+    one_core_over_chase: Spread
     chosen: str
     """How the executor, left to itself, has steps follow each other."""
 
 
-def training_step(case: Case, program: Program, chases: Callable[[], bool], threads: int) -> Callable[[], object]:
-    """A step with a perturbed run, and an update by Adam: behind it, or of the step before and in the course of it."""
+def training_step(case: Case, program: Program, threads: int, *, barrier: bool = False) -> Callable[[], object]:
+    """A step with a perturbed run and an update by Adam, as in a trainer or with a barrier in any case."""
     images, target = batch_of(case)
     optimizer = torch.optim.Adam(program.model.parameters(), lr=1e-5)
-    names = {id(parameter): name for name, parameter in program.model.named_parameters()}
     optimizer.zero_grad()
-    pending: list[PendingUpdates] = []
+    pipeline = Pipeline(program, optimizer)
 
     def run() -> object:
         torch.set_num_threads(threads)
         program.next_probe, program.next_calibration = 0, program.step_count + 1
-        loss = float(program.step(images, target, updates=pending.pop() if pending else None))
-        if chases():
-            check_gradients(program.model, optimizer)
-            pending.append(PendingUpdates(optimizer, names, program.trust()))
-        else:
-            update(program, optimizer)
+        loss = float(pipeline.step(images, target))
+        program.next_probe = 0  # the next has one, too: pipelines ask
+        update(program, optimizer) if barrier else pipeline.update()
         return loss
 
     return run
@@ -226,26 +223,25 @@ def measure_updates(name: str, workers: int, rounds: int) -> UpdateRow:
     """One case with updates."""
     case = CASES[name]
     torch.set_num_threads(workers)
-    programs = {kind: program_of(case, 1 if kind == "serial" else workers) for kind in ("serial", "barrier", "chase")}
+    kinds = {"one core": 1, "barrier": workers, "chase": workers}
+    programs = {kind: program_of(case, count) for kind, count in kinds.items()}
     for kind in ("barrier", "chase"):
         threaded(programs[kind]).concurrent = True
     variants = {
-        kind: training_step(case, program, lambda kind=kind: kind == "chase", workers)  # type: ignore[misc]
-        for kind, program in programs.items()
+        kind: training_step(case, program, kinds[kind], barrier=kind != "chase") for kind, program in programs.items()
     }
     times = interleave(variants, rounds, CLOCKS["wall"], torch.device("cpu"))
     free = programs["chase"]
     executor = threaded(free)
     executor.concurrent = None
-    step = training_step(case, free, lambda: not free.waits(perturbed=True), workers)
     while executor.chosen(perturbed=True, updated=True) is None:
-        step()
+        variants["chase"]()
     torch.set_num_threads(workers)
     return UpdateRow(
         name,
-        *(Spread.of([1e3 * value for value in times[kind]]) for kind in ("serial", "barrier", "chase")),
+        *(Spread.of([1e3 * value for value in times[kind]]) for kind in kinds),
         ratio(times["barrier"], times["chase"]),
-        ratio(times["serial"], times["chase"]),
+        ratio(times["one core"], times["chase"]),
         free.waits(perturbed=True).removesuffix(" measured faster") or "chase",
     )
 
@@ -286,14 +282,14 @@ def update_table(rows: list[UpdateRow], workers: int) -> Table:
     """The measurements with updates."""
     shown = Table(title=f"A step with Adam's update on {workers} workers (medians, quartiles)", title_justify="left")
     shown.add_column("case")
-    for heading in ("serial, ms", "barrier", "chase", "barrier ÷ chase", "serial ÷ chase", "chosen"):
+    for heading in ("one core, ms", "barrier", "chase", "barrier ÷ chase", "one core ÷ chase", "chosen"):
         shown.add_column(heading, justify="right")
     for row in rows:
         shown.add_row(
             row.case,
-            *(f"{spread.median:.2f}" for spread in (row.serial_ms, row.barrier_ms, row.chase_ms)),
+            *(f"{spread.median:.2f}" for spread in (row.one_core_ms, row.barrier_ms, row.chase_ms)),
             row.barrier_over_chase.show(),
-            row.serial_over_chase.show(),
+            row.one_core_over_chase.show(),
             row.chosen,
         )
     return shown

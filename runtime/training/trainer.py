@@ -49,12 +49,12 @@ from .data_order import count_batches, generators_of, start_epoch
 from .evaluation import METRICS, Metric, accuracy, evaluate
 from .history import EpochRecord, History, Position
 from .metrics import JsonLines, ProgressBar, Sink, TensorBoard, require_tensorboard
-from .per_parameter import PendingUpdates, coupling
+from .pipeline import Pipeline
 from .random_state import capture_rng, restore_rng
 from .run_state import capture, restore
 from .stop_request import StopRequest
-from .trainable import ChasingProgram, TrainableProgram
-from .update import check_gradients, check_optimizer, check_weights, update
+from .trainable import TrainableProgram
+from .update import check_optimizer, check_weights
 
 
 class _StoppedError(Exception):
@@ -125,10 +125,7 @@ class Trainer:
         self.tensorboard = tensorboard
         self.progress = progress
         self._stop = StopRequest()
-        self._names = {id(parameter): name for name, parameter in program.model.named_parameters()}
-        self._chasing = program if isinstance(program, ChasingProgram) else None
-        self._pending: PendingUpdates | None = None
-        """What the optimizer has still to do after the last step."""
+        self._pipeline = Pipeline(program, optimizer)
 
     # --- the public face ----------------------------------------------------------------------------------------------
 
@@ -137,13 +134,7 @@ class Trainer:
         """How steps follow each other: "chase", or "barrier" and why all updates of the weights come before the next
         step (see the module's docstring); of both where steps with and without a perturbed run differ. What measures
         faster shows after some steps."""
-        if self._chasing is None:
-            return "barrier: the program takes no updates"
-        perturbed, clean = (self._chasing.waits(perturbed=kind) for kind in (True, False))
-        if not (perturbed and clean) and (why := coupling(self.optimizer)):
-            perturbed = clean = why
-        found = [f"barrier: {why}" if why else "chase" for why in (perturbed, clean)]
-        return found[0] if perturbed == clean else f"{found[0]}; in steps without a perturbed run {found[1]}"
+        return self._pipeline.describe()
 
     def fit(
         self,
@@ -184,7 +175,7 @@ class Trainer:
         self._stop.made = False
         with ExitStack() as stack:
             stack.enter_context(self._stop.on_signals())
-            stack.callback(self._finish_updates)
+            stack.callback(self._pipeline.finish)
             position = self._begin(loader, resume)
             sinks = self._open_sinks(stack, position)
             for group in self.optimizer.param_groups:
@@ -218,7 +209,7 @@ class Trainer:
             found = newest
         else:
             raise CheckpointError(f"there is no checkpoint in {self.directory}")
-        self._finish_updates()
+        self._pipeline.finish()
         restore(found, self.program, self.optimizer, self.scheduler)
         return found.step
 
@@ -290,7 +281,7 @@ class Trainer:
         if position.batch == 0:
             raise DataError(f"the loader gave no batch in epoch {position.epoch + 1}")
 
-        self._finish_updates()
+        self._pipeline.finish()
         check_weights(self.program.model)
         values: dict[str, float] = {}
         if validation is not None:
@@ -333,8 +324,8 @@ class Trainer:
                 f"the metric 'accuracy' needs whole class numbers as target, not {target.dtype}: "
                 "pass metrics=None or metrics={name: function}"
             )
-        loss = float(self._step(inputs, target))
-        self._update()
+        loss = float(self._pipeline.step(inputs, target))
+        self._pipeline.update()
         lr = self._learning_rates()
         if self.scheduler is not None and self.scheduler_step == "batch":
             self.scheduler.step()
@@ -368,31 +359,10 @@ class Trainer:
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
-    def _step(self, inputs: Any, target: Any) -> Tensor:
-        """The program's step, on weights that are updated before it or in the course of it."""
-        if self._chasing is None or self._pending is None:
-            return self.program.step(inputs, target)
-        loss = self._chasing.step(inputs, target, updates=self._pending)
-        self._pending = None
-        return loss
-
-    def _update(self) -> None:
-        """The optimizer's step, now or with the next step; raises `NonFiniteGradientError` now."""
-        if self._chasing is None or self._chasing.waits() or coupling(self.optimizer):
-            update(self.program, self.optimizer)
-            return
-        check_gradients(self.program.model, self.optimizer)
-        self._pending = PendingUpdates(self.optimizer, self._names, self.program.trust())
-
-    def _finish_updates(self) -> None:
-        if self._pending is not None:
-            self._pending.finish()
-            self._pending = None
-
     def _evaluate(self, loader: Iterable[Any], *, stoppable: bool) -> dict[str, float]:
         """As `evaluate`; raises `_StoppedError` if `stoppable` and stopped."""
 
-        self._finish_updates()
+        self._pipeline.finish()
 
         def batches() -> Iterator[tuple[Any, Any]]:
             for batch in loader:
@@ -414,7 +384,7 @@ class Trainer:
         """Write a checkpoint, if the run has a directory."""
         if self.directory is None:
             return
-        self._finish_updates()
+        self._pipeline.finish()
         check_weights(self.program.model)
         for sink in sinks:
             sink.flush()  # a checkpoint never knows steps that the metrics lack
