@@ -25,6 +25,7 @@ def compile(
     seed: int = 0,
     workers: int = 1,
     streams: int = 1,
+    cuda_graphs: bool = False,
     memory: int | float | str | None = None,
 ) -> Program:
     """Compile `model` into a program that trains it without a backward pass.
@@ -51,6 +52,9 @@ def compile(
             that measures faster (`Trainer.pipeline`). Where nothing beats a step with all threads, leave it at 1.
         streams: streams of the GPU that they are issued on (`runtime.execution.streams`); no bit depends on it. On a
             GPU `workers` does nothing; on a CPU there are no streams, and more than one is an error.
+        cuda_graphs: on a GPU, replay steps without a perturbed run from CUDA graphs (`runtime.execution.graphs`): for
+            models whose kernels take less time than issuing them. Each of up to four batch sizes keeps the memory of a
+            step; a step that cannot be captured goes on as without. Not together with `streams`.
         memory: what a step on a batch of the example's size may take, beyond parameters, buffers, the batch, what
             feedback has learned and the optimizer's state: bytes, ``"2GiB"``, or a fraction of the device's memory
             (0.5). Chooses how many copies run side by side, by prediction (`runtime.memory`); in place of the
@@ -78,6 +82,8 @@ def compile(
         raise OptionError(f"workers={workers!r}: the threads of a step are a number from 1 on.")
     if type(streams) is not int or streams < 1:
         raise OptionError(f"streams={streams!r}: the streams of a step are a number from 1 on.")
+    if not isinstance(cuda_graphs, bool):
+        raise OptionError(f"cuda_graphs={cuda_graphs!r}: it is True or False.")
     if isinstance(estimator, Calibration):
         compiled = estimator.compile(model, example_inputs, unbatched=unbatched)
     else:
@@ -85,4 +91,4 @@ def compile(
     if memory is not None:
         device = next(leaf[2] for leaf in compiled.captured.signature.leaves if isinstance(leaf, tuple))
         compiled = within(compiled, parse_memory(memory, device), workers=max(workers, streams))
-    return Program(model, compiled, loss, seed, workers=workers, streams=streams)
+    return Program(model, compiled, loss, seed, workers=workers, streams=streams, cuda_graphs=cuda_graphs)

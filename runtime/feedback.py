@@ -8,7 +8,7 @@ outputs (`basis`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,9 @@ from ..passes.find_sites import Site
 from ..passes.graph import Layout
 from ..passes.separate_outputs import error_like
 from .basis import Basis, empty_basis
-from .noise import kernels
+from .noise import cpu_kernels, kernels
+
+_perturb: Any = cpu_kernels.BINDINGS.get(ops.perturb, ops.perturb)
 
 SLOW_STEP = 0.05
 """Lower bound of the schedule 1/step of the learning step, before the stable bound."""
@@ -246,47 +248,51 @@ def learn(
     if not state.steps:  # the first errors, along which nothing was learned yet
         state = state.turned(probe.error, 1.0)
     draws, samples, outputs = probe.response.shape
-    seen = probe.response.reshape(draws * samples, outputs)
+    count = draws * samples
+    seen = probe.response.reshape(count, outputs)
     error, observed = state.projected(probe.error).repeat(draws, 1), state.projected(seen)
-    rows: dict[int, NoiseRows] = {}
-    predicted: dict[int, Tensor] = {}
-    amplitudes = {site.index: amplitudes_of(site, probe) for site in sites}
-    for site in sites:
-        rows[site.index] = NoiseRows(site, probe, noise, amplitudes[site.index])
-        predicted[site.index] = noise_product(state.jacobians[site.index], rows[site.index]).mul_(sigmas[site.index])
-    total = sum(predicted.values(), torch.zeros_like(observed))
+    amplitudes = [amplitudes_of(site, probe) for site in sites]
+    rows = [NoiseRows(site, probe, noise, each) for site, each in zip(sites, amplitudes, strict=True)]
+    predicted = observed.new_empty(len(sites), *observed.shape)
+    for site, each, place in zip(sites, rows, predicted, strict=True):
+        torch.mul(noise_product(state.jacobians[site.index], each), sigmas[site.index], out=place)
+    total = predicted.sum(0)
     residual = observed - total
-    spread, left = float(observed.square().sum()), float(residual.square().sum())
+    spread, left = torch.stack([observed.square().sum(), residual.square().sum()]).tolist()
     scale_of_all = 1.0
     if left > BROKEN * spread:  # not yet learned wrong, but broken: what was learned belongs to other weights
         scale_of_all = min(1.0, max(0.0, float((observed * total).sum()) / float(total.square().sum())))
         state = replace(state, jacobians={index: j * scale_of_all for index, j in state.jacobians.items()})
-        predicted = {index: each * scale_of_all for index, each in predicted.items()}
+        predicted *= scale_of_all
         residual = observed - scale_of_all * total
-    squares = {index: amplitude.square() for index, amplitude in amplitudes.items()}
-    means = {index: square.mean(0) for index, square in squares.items()}
-    coordinates = sum(int((mean > 0).sum()) for mean in means.values())
-    count = draws * samples
+    squares = torch.cat(amplitudes, 1).square_()
+    means = squares.mean(0)
+    coordinates = int((means > 0).sum())
     wanted = max(SLOW_STEP, 1.0 / (state.steps + 1))
     step = min(wanted, count / (count + coordinates))
-    faster = steps_of_outputs(means, reached, outputs, wanted, count) / step if reached else observed.new_ones(1)
-    jacobians, slopes = {}, {}
     along_residual = (residual * error).sum(1)
     if state.basis is not None:  # what the loss feels of the response beside the basis
         along_residual += (seen * probe.error.repeat(draws, 1)).sum(1) - (observed * error).sum(1)
     weighted = residual * sample_weights(squares, means, coordinates).repeat(draws)[:, None]
-    for site in sites:
-        index = site.index
-        mean = noise_product(weighted, rows[index], transposed=True) / count
-        scale = step / sigmas[index] / means[index].clamp_min(1.0 / count)
-        change = scale[:, None] * mean
-        if reached:
-            change = within_reach(change, reached.get(index)).mul_(faster)
-        jacobians[index] = state.jacobians[index] + change
-        along = (predicted[index] * error).sum(1)
-        own = float(((along_residual + along) * along).sum())
-        before = state.slopes.get(index, (0.0, 0.0))
-        slopes[index] = (TRUST_MEMORY * before[0] + own, TRUST_MEMORY * before[1] + float(along.square().sum()))
+    scales = means.clamp_min(1.0 / count).reciprocal_()[:, None].split([site.grid.elements for site in sites])
+    faster = steps_of_outputs(means, sites, reached, outputs, wanted, count) / step if reached else None
+    jacobians = {}
+    for site, each, scale in zip(sites, rows, scales, strict=True):
+        before, change = state.jacobians[site.index], noise_product(weighted, each, transposed=True)
+        size = step / sigmas[site.index] / count
+        if faster is None or not reached:
+            jacobians[site.index] = torch.addcmul(before, change, scale, value=size)
+        else:
+            change = within_reach(change * (scale * size), reached.get(site.index))
+            jacobians[site.index] = torch.addcmul(before, change, faster)
+    along = predicted.mul_(error).sum(2)
+    sums = torch.stack([(along * (along_residual + along)).sum(1), along.square().sum(1)], 1).tolist()
+    slopes = {
+        site.index: (TRUST_MEMORY * own + new_own, TRUST_MEMORY * square + new_square)
+        for site, (own, square), (new_own, new_square) in zip(
+            sites, (state.slopes.get(site.index, (0.0, 0.0)) for site in sites), sums, strict=True
+        )
+    }
     explained = 1.0 - left / spread if spread > 0 else 0.0
     average = (
         (1 - EXPLAINED_MEMORY) * max(-1.0, explained) + EXPLAINED_MEMORY * state.explained_mean
@@ -317,13 +323,18 @@ def within_reach(jacobian: Tensor, reach: Tensor | None) -> Tensor:
 
 
 def steps_of_outputs(
-    means: dict[int, Tensor], reached: Mapping[int, Tensor], outputs: int, wanted: float | Tensor, count: int
+    means: Tensor,
+    sites: Sequence[Site],
+    reached: Mapping[int, Tensor],
+    outputs: int,
+    wanted: float | Tensor,
+    count: int,
 ) -> Tensor:
     """The learning step of each output, ``(outputs,)``: its Jacobian has only the coordinates that reach it, so that
-    d of the bound ``N / (N + d)`` is the number of those."""
-    coordinates = next(iter(means.values())).new_zeros(outputs)
-    for index, mean in means.items():
-        alive, reach = mean > 0, reached.get(index)
+    d of the bound ``N / (N + d)`` is the number of those. `means` is of the sites' blocks, one site after the other."""
+    coordinates = means.new_zeros(outputs)
+    for site, mean in zip(sites, means.split([site.grid.elements for site in sites]), strict=True):
+        alive, reach = mean > 0, reached.get(site.index)
         if reach is None:
             coordinates += alive.sum()
         else:
@@ -353,9 +364,11 @@ class NoiseRows:
         zeros = probe.response.new_zeros(shape)
         ones = zeros.new_ones(site.index + 1)
         where = (list(layout.sizes), layout.dim, layout.outer, False)
-        values = ops.perturb(zeros, probe.draws, probe.key, ones, site.index, self.noise, *where, self.alive)
+        values = _perturb(zeros, probe.draws, probe.key, ones, site.index, self.noise, *where, self.alive)
         rows = to_rows(values, layout, samples * len(probe.draws))
-        return rows * self.amplitudes.repeat(len(probe.draws), 1) if site.blocks else rows
+        if site.blocks:
+            rows = (rows.view(len(probe.draws), samples, -1) * self.amplitudes).view_as(rows)
+        return rows
 
 
 def noise_product(right: Tensor, rows: NoiseRows, transposed: bool = False) -> Tensor:
@@ -386,10 +399,11 @@ def amplitudes_of(site: Site, probe: Probe) -> Tensor:
     return to_rows(mask, layout, samples).to(probe.response.dtype)
 
 
-def sample_weights(squares: dict[int, Tensor], means: dict[int, Tensor], coordinates: int | Tensor) -> Tensor:
-    """``min(1, d / T)`` of every sample (see `learn`), ``(samples,)``."""
-    terms = [square @ means[index].clamp_min(1 / square.shape[0]).reciprocal() for index, square in squares.items()]
-    return (coordinates / sum(terms[1:], terms[0]).clamp_min(1)).clamp_max(1)
+def sample_weights(squares: Tensor, means: Tensor, coordinates: int | Tensor) -> Tensor:
+    """``min(1, d / T)`` of every sample (see `learn`), ``(samples,)``, from the squares ``(samples, blocks)`` of the
+    amplitudes at all noise points, and their means over the samples."""
+    total = squares @ means.clamp_min(1 / squares.shape[0]).reciprocal()
+    return (coordinates / total.clamp_min(1)).clamp_max(1)
 
 
 def _check_shape(what: str, saved: Tensor, mine: Tensor, axes: str) -> None:
@@ -402,6 +416,8 @@ def _check_shape(what: str, saved: Tensor, mine: Tensor, axes: str) -> None:
 
 def to_rows(value: Tensor, layout: Layout, rows: int) -> Tensor:
     """A tensor of this layout as ``(rows, elements a sample)``."""
+    if layout.dim == 0 and layout.outer == 1:
+        return value.reshape(rows, -1)
     inner = layout.sizes[layout.dim] // layout.outer
     before, after = value.shape[: layout.dim], value.shape[layout.dim + 1 :]
     parts = value.reshape(*before, layout.outer, rows, inner, *after)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ BLACK_BOX_SIGMA = 0.5
 CHECK_EVERY = 50
 """Steps from one comparison of a traced loss with the user's code to the next: it costs as much as the loss."""
 
+SIZES_APART = 2
+"""Batch sizes for which a loss is traced one by one: an epoch seldom has others than its own and its last batch's, and
+the trace for any size takes several times as long, a tenth of a second at first."""
+
 _MOST_KNOWN = 64
 """Shapes of batches whose graphs are at hand."""
 
@@ -39,11 +44,12 @@ class OutputGradient:
     (None: all floating-point ones), flattened and put one behind the other, of the dtype they have in common; the loss
     may read the others, but they have no error.
 
-    A loss with a derivative is traced once to a graph of its losses and their gradient (once a batch size if its code
-    depends on it, as by ``len(output)``), so that no autograd graph is built while training, and its own code is not
-    called again. Now and then it is, to compare (`CHECK_EVERY`), unless it draws random numbers or writes into tensors
-    of its own: a loss that has come to give other numbers, because something that it reads has changed, is traced anew,
-    and one that does so again is not traced any more; both with a warning.
+    A loss with a derivative is traced to a graph of its losses and their gradient: for each of the first batch sizes
+    (`SIZES_APART`), then for all (for each if its code depends on it, as by ``len(output)``). So no autograd graph is
+    built while training, and its own code is not called again. Now and then it is, to compare (`CHECK_EVERY`), unless
+    it draws random numbers or writes into tensors of its own: a loss that has come to give other numbers, because
+    something that it reads has changed, is traced anew, and one that does so again is not traced any more; both with a
+    warning.
 
     A loss that cannot be traced (its code depends on values, as that of ``F.ctc_loss`` does, or its target holds
     anything but tensors) is differentiated by autograd at the output in every step. A black box, without a derivative,
@@ -79,6 +85,27 @@ class OutputGradient:
         rows = [each.reshape(len(losses), -1) for each in found]
         error = rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, 1)  # however an output lies
         return losses, error / len(losses)
+
+    def settled(self) -> bool:
+        """Whether the next call, with a shape seen before, runs a graph and nothing else, so that whoever has captured
+        it may replay it instead (`answered`). Not where the loss draws numbers, remembers something, or is due to be
+        compared."""
+        known = [traced for each in self._known.values() for _, traced in each]
+        due = (self._calls + 1) % CHECK_EVERY == 0
+        return bool(known) and not due and not any(traced.draws or traced.remembers for traced in known)
+
+    def answered(self) -> None:
+        """A call was replayed; it counts as one."""
+        self._calls += 1
+
+    @contextmanager
+    def unchecked(self) -> Iterator[None]:
+        """Calls in which the loss's code is not compared, and which do not count."""
+        held, self._calls = self._calls, 0
+        try:
+            yield
+        finally:
+            self._calls = held
 
     def _first(
         self, leaves: list[Any], spec: Any, target: Any, key: Tensor, shapes: Any, described: Any
@@ -133,12 +160,14 @@ class OutputGradient:
             return None
         described = (*given.described(), _autocast())
         if self._traced_for != described:
-            general = trace_loss(self.loss, given, free=True)
-            self._graphs = {} if general is None else {None: general}
-            self._traced_for = described
+            self._graphs, self._traced_for = {}, described
         if None in self._graphs:
             return self._graphs[None]
         if given.samples not in self._graphs:
+            general = trace_loss(self.loss, given, free=True) if len(self._graphs) == SIZES_APART else None
+            if general is not None:
+                self._graphs = {None: general}
+                return general
             self._graphs[given.samples] = trace_loss(self.loss, given, free=False)
         return self._graphs[given.samples]
 

@@ -68,6 +68,7 @@ class Program:
         *,
         workers: int = 1,
         streams: int = 1,
+        cuda_graphs: bool = False,
     ) -> None:
         self.model = model
         self.compiled = compiled
@@ -80,7 +81,10 @@ class Program:
         self.sigmas = resolve_sigmas(compiled.estimator.sigma, compiled.sites)
         self.next_probe = 0
         self.next_calibration = 0
-        self.executor = make_executor(compiled, self.sigmas, workers, streams)
+        self.executor = make_executor(compiled, self.sigmas, workers, streams, cuda_graphs)
+        self.executor.fused(self.executor.plan)  # made now, and not in the first steps
+        if compiled.estimator.feedback == "learned":
+            self.executor.fused(self.executor.clean_plan)
         results = [node for output, node in outputs(compiled.graph) if output.kind == "output"]
         self._layouts = [node.meta.get("layout") if isinstance(node, fx.Node) else None for node in results]
         self._buffers = [n.meta["target"] for n in placeholders(compiled.captured.module, Role.BUFFER)]

@@ -170,6 +170,18 @@ def test_time_to_accuracy_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_cuda_graphs_runs(tmp_path: Path) -> None:
+    written = tmp_path / "graphs.json"
+    printed = run(
+        "cuda_graphs.py", "--models", "mlp", "--batch", "4", "--rounds", "1", "--device", "cpu", "--json", str(written)
+    )
+    assert "a CPU has no graphs" in printed
+    (row,) = json.loads(written.read_text())["rows"]
+    assert row["replayed_ms"] is None
+    assert row["issued_over_backpropagation"]["median"] > 0
+
+
+@pytest.mark.slow
 def test_streams_runs(tmp_path: Path) -> None:
     written = tmp_path / "streams.json"
     printed = run(

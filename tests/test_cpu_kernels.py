@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from onward.passes import ops
 from onward.passes.errors import OptionError, UnknownNameError
+from onward.passes.graph import Layout
+from onward.passes.tie_blocks import grid
 from onward.runtime.noise import operators as definitions
 from onward.runtime.noise import source as noise_source
 from onward.runtime.noise.distributions import NOISES
@@ -100,6 +102,30 @@ def test_perturb(call: Calls, noise: str, tiled: bool, masked: bool, scale: floa
         sigmas = sigmas.float()
     row = (z, torch.tensor(call.copies), call.key, sigmas)
     agrees("perturb", *row, 1, noise, *call.layout, tiled, alive)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    calls.filter(lambda call: call.dim >= 0),
+    noises,
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0.3, 0.0]),
+    st.data(),
+)
+def test_blocks(call: Calls, noise: str, tiled: bool, masked: bool, scale: float, data: st.DataObject) -> None:
+    sizes, dim, outer = call.layout
+    layout = Layout(tuple(sizes), dim, outer)
+    blocks = [
+        data.draw(st.sampled_from([1, 2, 3, 7]).map(lambda block, e=extent: min(block, e))) for extent in layout.extents
+    ]
+    assume(any(block > 1 for block in blocks))
+    z = normal(call.shape(len(call.copies) if tiled else 1), call.dtype)
+    alive = normal(call.shape(), call.dtype, 1) > 0
+    row = (z, torch.tensor(call.copies), call.key, torch.tensor([7.0, scale], dtype=torch.float64), 1, noise)
+    agrees("perturb", *row, *call.layout, tiled, alive if masked else None, blocks)
+    like = torch.empty(scaled(list(grid(layout, tuple(blocks)).sizes), dim, call.batch), dtype=call.dtype)
+    agrees("count_blocks", like, alive, *call.layout, blocks)
 
 
 @settings(deadline=None, max_examples=80)
@@ -243,7 +269,7 @@ def test_what_is_not_compiled_goes_by_the_definition() -> None:
     half = z.bfloat16()
     perturbed = KERNELS["perturb"]
     assert perturbed.kind_of(half, ids, KEY, sigmas, 0, "gaussian", [1, 4, 6, 6], 0, 1, False) is None
-    assert perturbed.kind_of(z, ids, KEY, sigmas, 0, "gaussian", [1, 4, 6, 6], 0, 1, False, None, [3, 3]) is None
+    assert KERNELS["count_blocks"].kind_of(z, None, [1, 4, 6, 6], 0, 1, [1, 1, 3, 3]) is None
     assert perturbed.kind_of(z, ids, KEY, sigmas, 0, "gaussian", [2, 4, 6, 6], -1, 1, False) is None
     with pytest.raises(UnknownNameError, match="noise"):
         ops.perturb(z, ids, KEY, sigmas, 0, "pink", [1, 4, 6, 6], 0, 1, False)
@@ -259,7 +285,8 @@ def test_every_kind_of_call_passes_its_trial() -> None:
     """Whatever stood in Numba's cache. A trial that shows nothing would not be one."""
     for dtype in DTYPES:
         kinds: dict[str, list[Any]] = {"stochastic_sign": [(dtype,)]}
-        kinds["perturb"] = [(noise, dtype) for noise in NOISES]
+        kinds["perturb"] = [(noise, dtype, tied) for noise in NOISES for tied in (False, True)]
+        kinds["count_blocks"] = [(dtype,)]
         kinds["weighted_noise"] = [(noise, score, dtype) for noise in NOISES for score in NOISES[noise].scores]
         kinds["weighted_noise_sum"] = kinds["weighted_noise"]
         kinds["keyed_random"] = [(name, dtype) for name in ("uniform", "normal")]
@@ -271,7 +298,7 @@ def test_every_kind_of_call_passes_its_trial() -> None:
                 result = KERNELS[name].launch(*args)
                 assert same_bits(KERNELS[name].definition(*args), result)
                 assert result.unique().numel() > 2
-                assert result.numel() > compiled.CHUNK
+                assert max(x.numel() for x in (*args, result) if isinstance(x, Tensor)) > compiled.CHUNK
 
 
 # ------------------------------------------------------------------------------------------------- processes

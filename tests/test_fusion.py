@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 import onward
-from onward.passes.graph import outputs
+from onward.passes import ops
+from onward.passes.graph import Output, outputs, set_outputs
+from onward.passes.merge_equal import merge_equal
 from onward.runtime.execution.bindings import BINDINGS, with_bindings
 from onward.runtime.execution.executor import SerialExecutor
 from onward.runtime.execution.fusion import Fused
@@ -66,6 +69,54 @@ def test_a_step_without_copies_does_not_return_what_only_they_would_read() -> No
     assert returned[False] < returned[True]
 
 
+# --- equal operations -------------------------------------------------------------------------------------------------
+
+
+def merged(compute: Callable[..., Any], *given: Tensor) -> tuple[list[str], Any, Any]:
+    """The operations of a traced function after `merge_equal`, and what both graphs return."""
+    module = make_fx(compute)(*given)
+    set_outputs(
+        module, [(Output("value", str(at)), node) for at, node in enumerate(module.graph.output_node().args[0])]
+    )
+    before = [node.target for node in module.graph.nodes]
+    less = merge_equal(module)
+    assert [node.target for node in module.graph.nodes] == before  # what a pass was given stays
+    return [node.name for node in less.graph.nodes if node.op == "call_function"], module(*given), less(*given)
+
+
+def test_what_a_graph_computes_twice_it_computes_once() -> None:
+    operations, before, after = merged(lambda x, y: (x.exp().mul(y).sum(0), x.exp().mul(y).sum(1), y.exp()), X, Y)
+    assert operations == ["exp", "mul", "sum_1", "sum_2", "exp_2"]
+    assert all(map(torch.equal, before, after))
+
+
+def test_equal_numbers_are_not_equal_arguments() -> None:
+    operations, before, after = merged(lambda x: (x * 1, x * 1.0, x * True, x + 0.0, x - 0.0, x.sum(0), x.sum(1)), X)
+    assert len(operations) == 7
+    assert all(map(torch.equal, before, after))
+    whole = torch.ones(2, dtype=torch.int64)
+    _, before, after = merged(lambda x: (x * 1, x * 1.0, x * True), whole)
+    assert [x.dtype for x in before] == [x.dtype for x in after] == [torch.int64, torch.float32, torch.int64]
+
+
+def test_two_noises_stay_two() -> None:
+    operations, _, (one, other) = merged(lambda x: (torch.rand_like(x), torch.rand_like(x)), X)
+    assert len(operations) == 2
+    assert not torch.equal(one, other)
+
+
+def test_a_graph_that_writes_in_place_stays_as_it_is() -> None:
+    def compute(x: Tensor) -> tuple[Tensor, Tensor]:
+        held = x.clone()
+        first = held.exp()
+        held.add_(1)
+        return first, held.exp()
+
+    operations, before, after = merged(compute, X)
+    assert operations.count("exp") + operations.count("exp_1") == 2
+    assert all(map(torch.equal, before, after))
+
+
 # --- bindings ---------------------------------------------------------------------------------------------------------
 
 X, Y = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(4, 4) * 0.3
@@ -101,6 +152,22 @@ SAMPLES: dict[Any, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
     ATEN.transpose.int: [((IMAGE, 1, -1), {})],
     ATEN.unsqueeze.default: [((X, 1), {})],
     ATEN.view.default: [((X, [2, 8]), {}), ((X, [-1, 2]), {})],
+}
+WEIGHTS, IDS, SEED = X[:, :2], torch.tensor([0, 1, -1, -2]), torch.tensor([7, 3])
+SAMPLES |= {
+    ops.perturb: [
+        ((X, IDS, SEED, X[0].exp(), 2, "rademacher", [1, 4], 0, 1, False), {}),
+        ((X, IDS, SEED, X[0].exp(), 2, "gaussian", [1, 4], 0, 1, False, Y > X, [1, 1, 2]), {}),
+        ((X.half(), IDS, SEED, X[0].exp(), 2, "rademacher", [1, 4], 0, 1, False), {}),
+    ],
+    ops.weighted_noise: [((WEIGHTS, IDS, SEED, 2, "gaussian", "sign", [1, 4], 0, 1), {})],
+    ops.weighted_noise_sum: [((WEIGHTS, IDS, SEED, 2, "gaussian", "sign", [1, 4], 0, 1), {})],
+    ops.stochastic_sign: [((X, X.abs().max(), IDS[:2], SEED, 2, [1, 4], 0, 1), {})],
+    ops.keyed_random: [((SEED, 2, "uniform", [3, 4], torch.float32, torch.device("cpu")), {})],
+    ops.count_blocks: [
+        ((X[:, :2], Y > X, [1, 4], 0, 1, [1, 1, 2]), {}),
+        ((X[:, :2], None, [1, 4], 0, 1, [1, 1, 2]), {}),
+    ],
 }
 
 

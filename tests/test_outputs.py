@@ -221,8 +221,8 @@ def output_of(samples: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", ["tensor", "dict", "with a number"])
 def test_the_error_is_the_losss_gradient_at_every_leaf(kind: str) -> None:
-    function, kept = OutputGradient(SampleLoss(structured)), None
-    for samples in (4, 1, 7, 4):
+    function, known = OutputGradient(SampleLoss(structured)), []
+    for samples in (4, 1, 4, 7, 4, 3):
         output, classes = output_of(samples), torch.arange(samples) % 5
         target: Any = classes
         if kind != "tensor":
@@ -235,9 +235,11 @@ def test_the_error_is_the_losss_gradient_at_every_leaf(kind: str) -> None:
         torch.testing.assert_close(losses, expected.detach())
         wanted = torch.autograd.grad(expected.mean(), list(leaves.values()))
         torch.testing.assert_close(error[:, :11], torch.cat([each.flatten(1) for each in wanted], 1))
-        kept = kept or function._graphs[None]
-        assert kept is not None
-        assert function._graphs == {None: kept}, "traced again"
+        known.append(dict(function._graphs))
+    assert [[*graphs] for graphs in known] == [[4], [4, 1], [4, 1], [None], [None], [None]]
+    assert known[1] == known[2]
+    assert known[3] == known[4] == known[5]
+    assert known[3][None] is not None
 
 
 def cubes(output: Any, target: Any, opaque: bool = True) -> Tensor:

@@ -139,6 +139,14 @@ def train(
             rich_help_panel=_TRAINING,
         ),
     ] = 1,
+    cuda_graphs: Annotated[
+        bool,
+        Option(
+            "--cuda-graphs",
+            help="With --device cuda, replay steps without a perturbed run from CUDA graphs; not with --streams.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = False,
     memory: Annotated[
         str | None,
         Option(
@@ -209,6 +217,7 @@ def train(
             seed=common.seed,
             workers=workers,
             streams=streams,
+            cuda_graphs=cuda_graphs,
             memory=memory,
         )
     check_loss(setup)

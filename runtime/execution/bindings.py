@@ -2,7 +2,8 @@
 
 A graph names ``torch.ops.aten.mm.default``, whose call looks its arguments up in the operator's schema in general ways;
 ``torch.mm`` parses them in code made for it, and saves 1 to 1.6 of some 2.5 microseconds. For a small model that is a
-tenth of a step. What runs, and its bits, are the same.
+tenth of a step. Noise on a CPU, whose operators are in Python, leaves out the dispatcher. What runs, and its bits, are
+the same.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ...compiler.program import input_keys, output_keys
+from ..noise import cpu_kernels
 
 Environment = dict[str, Any]
 """Values by binding key (`compiler.program.binding_key`)."""
@@ -46,6 +48,7 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
     _aten.transpose.int: torch.transpose,
     _aten.unsqueeze.default: torch.unsqueeze,
     _aten.view.default: Tensor.view,
+    **cpu_kernels.BINDINGS,
 }
 """Bindings whose positional and keyword arguments are those of the operator's schema."""
 

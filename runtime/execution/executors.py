@@ -7,15 +7,19 @@ import torch
 from ...compiler.program import CompiledModel
 from ...passes.errors import OptionError
 from .executor import SerialExecutor
+from .graphs import GraphedExecutor
 from .streams import StreamedExecutor
 from .threads import ThreadedExecutor
 
 
-def make_executor(compiled: CompiledModel, sigmas: list[float], workers: int, streams: int) -> SerialExecutor:
-    """On a GPU that of `streams`, on a CPU that of `workers`, if there is more than one; else the serial one.
+def make_executor(
+    compiled: CompiledModel, sigmas: list[float], workers: int, streams: int, cuda_graphs: bool = False
+) -> SerialExecutor:
+    """On a GPU that of `streams` or `cuda_graphs`, on a CPU that of `workers`, if there is more than one; else the
+    serial one.
 
     Raises:
-        OptionError: `streams` on a CPU, which has none.
+        OptionError: `streams` or `cuda_graphs` on a CPU, which has none; or both.
     """
     devices = {leaf[2] for leaf in compiled.captured.signature.leaves if isinstance(leaf, tuple)}
     on_cpu = torch.device("cpu") in devices
@@ -24,6 +28,18 @@ def make_executor(compiled: CompiledModel, sigmas: list[float], workers: int, st
             f"streams={streams}: the example inputs are on the CPU, and streams are a GPU's. Compile the model and the "
             "inputs on a GPU, or let threads share a step (workers=2)."
         )
+    if cuda_graphs and on_cpu:
+        raise OptionError(
+            "cuda_graphs=True: the example inputs are on the CPU, and graphs are a GPU's. Compile the model and the "
+            "inputs on a GPU, or leave it out."
+        )
+    if cuda_graphs and streams > 1:
+        raise OptionError(
+            f"cuda_graphs=True with streams={streams}: a replayed step is issued as a whole, which leaves nothing for "
+            "streams to share. Choose one of them."
+        )
+    if cuda_graphs:
+        return GraphedExecutor(compiled, sigmas)
     if streams > 1:
         return StreamedExecutor(compiled, sigmas, streams)
     return SerialExecutor(compiled, sigmas) if workers == 1 else ThreadedExecutor(compiled, sigmas, workers)

@@ -2,7 +2,8 @@
 
 A task costs some ten microseconds of Python beside its operations: the values that it reads are looked up by name, what
 it returns gets names. Where one thread runs them one after the other nothing is gained from their being apart. The
-operations, their order and so the bits are the same, and what nothing else reads is let go inside the graph.
+operations, their order and so the bits are the same, what several of them compute is computed once (`merge_equal`), and
+what nothing else reads is let go inside the graph.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import fx
 
 from ...compiler.program import CompiledModel, binding_key, output_keys
 from ...passes.graph import Output, outputs, placeholders, set_outputs
+from ...passes.merge_equal import merge_equal
 from ..plan import Action, Forward, Gradient
 from .lifetimes import Lifetimes
 
@@ -75,5 +77,4 @@ def fuse(compiled: CompiledModel, fused: Fused, known: Lifetimes) -> fx.GraphMod
     whole = fx.GraphModule({}, graph)
     set_outputs(whole, [(output, values[key]) for key, output in returned.items()])
     graph.eliminate_dead_code()
-    whole.recompile()
-    return whole
+    return merge_equal(whole)

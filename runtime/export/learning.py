@@ -101,20 +101,21 @@ def learned(
     scale = scale_of_all.to(observed.dtype)
     residual = observed - scale * total
 
-    squares = {index: amplitude.square() for index, amplitude in amplitudes.items()}
-    means = {index: square.mean(0) for index, square in squares.items()}
-    coordinates = sum(((mean > 0).sum() for mean in means.values()), torch.zeros((), dtype=torch.int64))
+    squares = torch.cat([amplitudes[site.index] for site in sites], 1).square()
+    means = squares.mean(0)
+    coordinates = (means > 0).sum()
     count = draws * samples
     wanted = torch.clamp_min(1.0 / (counters.steps + 1).double(), SLOW_STEP)
     step = torch.minimum(wanted, count / (count + coordinates).double())
-    faster = steps_of_outputs(means, reached, outputs, wanted, count) / step if reached else None
+    faster = steps_of_outputs(means, sites, reached, outputs, wanted, count) / step if reached else None
     along_residual = (residual * error).sum(1)
     weighted = residual * sample_weights(squares, means, coordinates).repeat(draws)[:, None]
     new, slopes = {}, []
+    scales = means.clamp_min(1.0 / count).split([site.grid.elements for site in sites])
     for place, site in enumerate(sites):
         index = site.index
         mean = product_of_rows(weighted, rows[index], True, None) / count
-        change = (step / sigmas[index]).to(mean.dtype) / means[index].clamp_min(1.0 / count)
+        change = (step / sigmas[index]).to(mean.dtype) / scales[place]
         change = change[:, None] * mean
         if faster is not None:
             change = within_reach(change, reached.get(index)) * faster.to(change.dtype)

@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from ...passes import ops
 from ...passes.graph import Layout
 from ...passes.tie_blocks import grid
+from ..noise import cpu_kernels
 from ..noise.operators import TIED_ELEMENTS
-from ..noise.source import copy_runs
+from ..noise.source import NUMPY_DTYPES, copy_runs
 
 NOISE_ARRAYS = 3 << 19
 """NumPy's buffers of an operator that makes random numbers: words, numbers, and their product with a mask. Measured: 1
@@ -86,6 +87,11 @@ def _numbers(count: int) -> Temporary:
     return Temporary(arrays=min(NOISE_ARRAYS, NOISE_BYTES * count))
 
 
+def _compiled(like: Tensor) -> bool:
+    """Whether noise of a tensor's dtype is made by what Numba compiled, where that is another rule."""
+    return cpu_kernels.registered and like.dtype in NUMPY_DTYPES
+
+
 def _perturb(args: Sequence[Any], result: Tensor) -> Temporary:
     """Noise tied over blocks is spread for whole draws, the next beside the last (`noise._tied_pieces`)."""
     z, copies = args[:2]
@@ -95,8 +101,10 @@ def _perturb(args: Sequence[Any], result: Tensor) -> Temporary:
     elements = z.numel() // (copies.shape[0] if tiled else 1)
     if not blocks:
         return _numbers(draws * elements)
-    together = min(draws, max(1, TIED_ELEMENTS // max(1, elements)))
     layout = Layout(tuple(sizes), dim, outer)
+    if _compiled(z):  # the numbers of a draw's blocks
+        return Temporary(arrays=elements // layout.elements * grid(layout, tuple(blocks)).elements * z.element_size())
+    together = min(draws, max(1, TIED_ELEMENTS // max(1, elements)))
     whole = together * elements * z.element_size()
     made = _spread(whole, layout, blocks) + (whole if together < draws else 0)
     return Temporary(made, NOISE_ARRAYS // 4 + (whole if alive is not None else 0))
@@ -165,9 +173,9 @@ def _unpack_levels(args: Sequence[Any], result: Tensor) -> Temporary:
 
 def _count_blocks(args: Sequence[Any], result: Tensor) -> Temporary:
     """The mask as numbers, summed axis after axis."""
-    alive, blocks = args[1], args[5]
+    like, alive, blocks = args[0], args[1], args[5]
     first = next(block for block in blocks if block > 1)
-    return Temporary() if alive is None else Temporary(4 * alive.numel() * (first + 1) // first)
+    return Temporary() if alive is None or _compiled(like) else Temporary(4 * alive.numel() * (first + 1) // first)
 
 
 def _spread_blocks(args: Sequence[Any], result: Tensor) -> Temporary:

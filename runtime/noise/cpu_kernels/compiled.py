@@ -197,6 +197,60 @@ def perturb(
 
 
 @_compiled
+def perturb_tied(
+    z, result, alive, masked, tiled, row_blocks, inner_blocks, samples, coarse_rows, coarse_inner, copies, noise, scale,
+    draws, starts, carriers, site, step, key0, key1
+):  # fmt: skip
+    """`perturb` with one number a block (`perturb` says the rest): element (row, sample, inner) has the number of block
+    ``(row_blocks[row], sample, inner_blocks[inner])`` of (coarse_rows, samples, coarse_inner)."""
+    words, values, masks = np.empty(CHUNK, np.uint32), np.empty(CHUNK, result.dtype), _masks()
+    to = result.dtype.type
+    rows, inner, blocks = row_blocks.size, inner_blocks.size, coarse_rows * samples * coarse_inner
+    numbers, some = np.empty(blocks, result.dtype), np.empty(inner, result.dtype)
+    for number in range(draws.size):
+        if scale != 0.0:
+            for first in range(0, blocks, CHUNK):
+                count = min(CHUNK, blocks - first)
+                _make_numbers(noise, values, words, masks, scale, first, count, draws[number], site, step, key0, key1)
+                numbers[first : first + count] = values[:count]
+        for row in range(rows):
+            for sample in range(samples):
+                block, here = (row_blocks[row] * samples + sample) * coarse_inner, (row * samples + sample) * inner
+                for at in range(inner):
+                    some[at] = numbers[block + inner_blocks[at]]
+                if masked:
+                    for at in range(inner):
+                        some[at] *= to(alive[here + at])
+                for index in range(starts[number], starts[number + 1]):
+                    copy = carriers[index] >> 1
+                    target = ((row * copies + copy) * samples + sample) * inner
+                    origin = target if tiled else here
+                    to_there, to_here = result[target : target + inner], z[origin : origin + inner]
+                    if scale == 0.0:
+                        to_there[:] = to_here
+                    elif carriers[index] & 1:
+                        for at in range(inner):
+                            to_there[at] = to_here[at] - some[at]
+                    else:
+                        for at in range(inner):
+                            to_there[at] = to_here[at] + some[at]
+
+
+@_compiled
+def count_blocks(alive, counts, row_blocks, inner_blocks, samples, coarse_inner):
+    """Add to a block's count, which begins at 0, for each of its elements that is alive; blocks as `perturb_tied` has
+    them. Whole numbers: the sums are exact."""
+    one = counts.dtype.type(1)
+    inner = inner_blocks.size
+    for row in range(row_blocks.size):
+        for sample in range(samples):
+            block, here = (row_blocks[row] * samples + sample) * coarse_inner, (row * samples + sample) * inner
+            for at in range(inner):
+                if alive[here + at]:
+                    counts[block + inner_blocks[at]] += one
+
+
+@_compiled
 def weighted_noise(
     weights, result, rows, samples, inner, copies, noise, by_sign, draws, starts, carriers, site, step, key0, key1
 ):

@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ....passes import ops
+from ....passes import graph, ops
 from ..operators import scale_of
 from ..philox import MASK, MAX_SITES, Purpose
-from ..source import Layout, capture_draws, carriers, layout_of
+from ..source import NUMPY_DTYPES, Layout, capture_draws, carriers, layout_of, on_host
 from . import compiled
 
 Array = np.ndarray[Any, Any]
@@ -58,28 +58,90 @@ def perturb(
     z: Tensor, copies: Tensor, key: Tensor, sigmas: Tensor, site: int, noise: str, sizes: Sequence[int], dim: int,
     outer: int, tiled: bool, alive: Tensor | None = None, blocks: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """`runtime.noise.operators.perturb` of noise that is not tied."""
+    """`runtime.noise.operators.perturb`."""
     ids = tuple(copies.tolist())
     rows, shape = 1, list(z.shape)
     if dim >= 0:
         rows = math.prod(shape[:dim]) * outer
         shape[dim] *= 1 if tiled else len(ids)
     result = z.new_empty(shape)
-    compiled.perturb(
-        flat(z), _flat(result), _NONE if alive is None else flat(alive).view(np.uint8), alive is not None, tiled,
-        rows, result.numel() // max(1, rows * len(ids)), len(ids), compiled.CODES[noise], scale_at(sigmas, site, z),
-        *carriers_of(ids), *words_of(key, site, Purpose.NOISE),
+    mask = _NONE if alive is None else flat(alive).view(np.uint8)
+    how = (
+        len(ids), compiled.CODES[noise], scale_at(sigmas, site, z), *carriers_of(ids),
+        *words_of(key, site, Purpose.NOISE),
     )  # fmt: skip
+    if blocks:
+        of = tied(tuple(sizes), dim, outer, tuple(blocks))
+        samples = result.numel() // max(1, len(ids) * of.elements)
+        compiled.perturb_tied(
+            flat(z), _flat(result), mask, alive is not None, tiled,
+            of.rows, of.inner, samples, of.coarse_rows, of.coarse_inner, *how,
+        )  # fmt: skip
+    else:
+        span = result.numel() // max(1, rows * len(ids))
+        compiled.perturb(flat(z), _flat(result), mask, alive is not None, tiled, rows, span, *how)
     return result
 
 
 _NONE = np.empty(0, np.uint8)
 
 
+class Blocks(NamedTuple):
+    """The blocks of a layout's elements (`passes.tie_blocks`): by row and by inner element its block's, and how many
+    rows and inner elements the blocks have."""
+
+    rows: Array
+    inner: Array
+    coarse_rows: int
+    coarse_inner: int
+
+    @property
+    def elements(self) -> int:
+        """Elements a sample."""
+        return self.rows.size * self.inner.size
+
+
+@lru_cache(maxsize=256)
+def tied(sizes: tuple[int, ...], dim: int, outer: int, blocks: tuple[int, ...]) -> Blocks:
+    """The blocks of a layout with a batch dimension."""
+    extents = graph.Layout(sizes, dim, outer).extents
+    counts = [-(-extent // block) for extent, block in zip(extents, blocks, strict=True)]
+    split = dim + 1
+    rows, inner = (_table_of(extents[part], blocks[part]) for part in (slice(split), slice(split, None)))
+    return Blocks(rows, inner, math.prod(counts[:split]), math.prod(counts[split:]))
+
+
+def _table_of(extents: Sequence[int], blocks: Sequence[int]) -> Array:
+    """By element of these axes, in order, the number of its block."""
+    found = np.zeros(1, np.int64)
+    for extent, block in zip(extents, blocks, strict=True):
+        found = (found[:, None] * -(-extent // block) + np.arange(extent) // block).reshape(-1)
+    return found
+
+
+def count_blocks(
+    like: Tensor, alive: Tensor | None, sizes: Sequence[int], dim: int, outer: int, blocks: Sequence[int]
+) -> Tensor:
+    """`runtime.noise.blocks.count_blocks`, of a mask."""
+    assert alive is not None
+    of = tied(tuple(sizes), dim, outer, tuple(blocks))
+    counts = torch.zeros(like.shape, dtype=like.dtype)
+    compiled.count_blocks(
+        flat(alive).view(np.uint8),
+        _flat(counts),
+        of.rows,
+        of.inner,
+        alive.numel() // max(1, of.elements),
+        of.coarse_inner,
+    )
+    return counts
+
+
 def scale_at(sigmas: Tensor, site: int, z: Tensor) -> float:
     """`noise.scale_of`, which takes longer than a small kernel."""
-    scale: float = sigmas[site].item() if sigmas.dtype == z.dtype else scale_of(sigmas, site, z)
-    return scale
+    host = sigmas.dtype in NUMPY_DTYPES and on_host(sigmas.device)
+    scale: Any = NUMPY_DTYPES[z.dtype](sigmas.numpy()[site]) if host else scale_of(sigmas, site, z)
+    return float(scale)
 
 
 def _weights_and_layout(weights: Tensor, sizes: Sequence[int], dim: int, outer: int) -> tuple[Array, Layout]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import operators as definitions
 from .. import source as noise_source
+from ..blocks import count_blocks
 from ..distributions import MODEL_DISTRIBUTIONS, NOISES
 from ..source import NUMPY_DTYPES
 from . import operators
@@ -42,11 +43,11 @@ class CompiledOperator:
     trial: Callable[..., tuple[Any, ...]]
     verdicts: dict[Kind, bool] = field(default_factory=dict)
 
-    def __call__(self, *args: Any) -> Tensor:
-        kind = self.kind_of(*args)
+    def __call__(self, *args: Any, **named: Any) -> Tensor:
+        kind = self.kind_of(*args, **named)
         if kind is None or not (self.verdicts.get(kind) or self._passes(kind)):
-            return self.definition(*args)
-        return self.launch(*args)
+            return self.definition(*args, **named)
+        return self.launch(*args, **named)
 
     def _passes(self, kind: Kind) -> bool:
         """The verdict on a kind of call; threads that ask at once find the same."""
@@ -85,9 +86,16 @@ def _perturb_kind(
     z: Tensor, copies: Tensor, key: Tensor, sigmas: Tensor, site: int, noise: str, sizes: Sequence[int], dim: int,
     outer: int, tiled: bool, alive: Tensor | None = None, blocks: Sequence[int] | None = None,
 ) -> Kind | None:  # fmt: skip
-    """All but noise tied over blocks."""
-    fits = _covers(z.dtype, z.device) and noise in NOISES and not blocks and (dim >= 0 or len(copies) == 1)
-    return (noise, z.dtype) if fits else None
+    """All that are valid."""
+    fits = _covers(z.dtype, z.device) and noise in NOISES and (dim >= 0 or (len(copies) == 1 and not blocks))
+    return (noise, z.dtype, bool(blocks)) if fits else None
+
+
+def _count_kind(
+    like: Tensor, alive: Tensor | None, sizes: Sequence[int], dim: int, outer: int, blocks: Sequence[int]
+) -> Kind | None:
+    """Of a mask: without one the counts are constants."""
+    return (like.dtype,) if alive is not None and dim >= 0 and _covers(like.dtype, like.device) else None
 
 
 def _sum_kind(
@@ -128,9 +136,18 @@ def _values(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.linspace(-2.0, 2.0, torch.Size(shape).numel(), dtype=dtype).view(shape)
 
 
-def _perturb_trial(noise: str, dtype: torch.dtype) -> tuple[Any, ...]:
+_BLOCKS = (2, 1, 1, 5)
+
+
+def _perturb_trial(noise: str, dtype: torch.dtype, tied: bool) -> tuple[Any, ...]:
     z = _values(dtype, 2, 4 * _SAMPLES, 131)
-    return z, _COPIES, _KEY, torch.tensor([0.3], dtype=dtype), 0, noise, *_LAYOUT, False, z.sin() > 0
+    blocks = _BLOCKS if tied else None
+    return z, _COPIES, _KEY, torch.tensor([0.3], dtype=dtype), 0, noise, *_LAYOUT, False, z.sin() > 0, blocks
+
+
+def _count_trial(dtype: torch.dtype) -> tuple[Any, ...]:
+    alive = (1000 * _values(torch.float32, 2, 4 * _SAMPLES, 131)).sin() > 0
+    return torch.empty(1, 4 * _SAMPLES, 27, dtype=dtype), alive, *_LAYOUT, _BLOCKS
 
 
 def _weighted_trial(noise: str, score: str, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -161,6 +178,7 @@ _ROWS = (
     CompiledOperator(
         "stochastic_sign", definitions.stochastic_sign, operators.stochastic_sign, _stochastic_kind, _stochastic_trial
     ),
+    CompiledOperator("count_blocks", count_blocks, operators.count_blocks, _count_kind, _count_trial),
     CompiledOperator("keyed_random", definitions.keyed_random, operators.keyed_random, _random_kind, _random_trial),
 )
 

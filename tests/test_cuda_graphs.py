@@ -1,0 +1,292 @@
+"""Clean steps replayed from a graph: the bits of steps that are not, on a tape in the place of CUDA's graphs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import graph_tape
+import pytest
+import torch
+import torch.nn.functional as F
+from executor_cases import CASES, Ratio, batch, compiled_for, data_of, mlp, model_for, same, train
+from torch import Tensor, nn
+
+import onward
+from onward.compiler.driver import compile_model
+from onward.compiler.program import CompiledModel
+from onward.passes.errors import NonFiniteLossError, OptionError
+from onward.runtime.execution import graphs
+from onward.runtime.execution.executors import make_executor
+from onward.runtime.execution.graphs import MOST_CAPTURES, MOST_GRAPHS, GraphedExecutor
+from onward.runtime.output_gradient import CHECK_EVERY
+
+SOME = Ratio.auto(reach=0, warmup=1, probe_every=5)
+"""One step of five is perturbed."""
+
+
+@pytest.fixture(autouse=True)
+def tape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "capture", graph_tape.capture)
+
+
+def graphed(program: onward.Program) -> GraphedExecutor:
+    """The program with its executor in place of its own."""
+    executor = GraphedExecutor(program.compiled, program.sigmas)
+    program.executor = executor
+    return executor
+
+
+def programs(
+    estimator: Ratio = SOME, model: Callable[[], nn.Module] = mlp, loss: Any = F.cross_entropy
+) -> tuple[onward.Program, onward.Program, GraphedExecutor]:
+    """Twice the same program, the second with graphs."""
+    plain, own = (program_of(estimator, model, loss) for _ in range(2))
+    return plain, own, graphed(own)
+
+
+def program_of(estimator: Ratio, model: Callable[[], nn.Module], loss: Any) -> onward.Program:
+    key = (model, str(estimator))
+    if key not in COMPILED:
+        COMPILED[key] = compile_model(model(), batch()[0], estimator)
+    torch.manual_seed(0)
+    return onward.Program(model(), COMPILED[key], loss, seed=3)
+
+
+COMPILED: dict[Any, CompiledModel] = {}
+"""Graphs are data, which programs share, each with a model of its own."""
+
+
+def train_on(program: onward.Program, sizes: list[int], target: Callable[[Tensor], Any] = lambda t: t) -> list[Tensor]:
+    """A step on so many samples each, other samples every time."""
+    found = []
+    for number, size in enumerate(sizes):
+        x = torch.randn(size, 6, generator=torch.Generator().manual_seed(number))
+        program.model.zero_grad()
+        found.append(program.step(x, target((torch.arange(size) + number) % 3)))
+        with torch.no_grad():
+            for parameter in program.model.parameters():
+                parameter.sub_(0.1 * parameter.grad)  # type: ignore[operator]
+        found += [parameter.detach().clone() for parameter in program.model.parameters()]
+        found += [buffer.clone() for buffer in program.model.buffers()]
+    return found
+
+
+@pytest.mark.parametrize("case", ["auto, convolutions", "shared weights", "low rank"])
+def test_steps_have_the_bits_of_steps_without_graphs(case: str) -> None:
+    _, estimator = CASES[case]
+    compiled = compile_model(model_for(case), data_of(case)[0], replace(estimator, probe_every=4))
+    plain, own = (onward.Program(model_for(case), compiled, F.cross_entropy, seed=3) for _ in range(2))
+    executor = graphed(own)
+    assert same(train(plain, case, 11), train(own, case, 11))
+    assert executor.replayed > 3
+
+
+@pytest.mark.parametrize("sizes", [[6] * 14, [6, 6, 4, 6, 6, 4, 6, 6, 4, 6, 6, 4, 4, 6], [*range(2, 12)] * 3])
+def test_other_batches_are_copied_to_where_the_graph_reads_them(sizes: list[int]) -> None:
+    plain, own, executor = programs()
+    assert same(train_on(plain, sizes), train_on(own, sizes))
+    assert not executor.reason
+    assert executor.replayed > 0
+    assert 0 < executor.captured <= min(MOST_GRAPHS, len({*sizes}))
+    assert same([*plain.feedback.jacobians.values()], [*own.feedback.jacobians.values()])  # type: ignore[union-attr]
+
+
+class Normalised(nn.Module):
+    """Batch normalisation, whose buffers a step moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(F.relu(self.norm(self.first(x))))
+        return result
+
+
+@pytest.mark.parametrize("estimator", [SOME, Ratio.auto(warmup=1, probe_every=5, rank=2)], ids=["all", "rank"])
+def test_buffers_and_a_basis(estimator: Ratio) -> None:
+    plain, own, executor = programs(estimator, Normalised)
+    assert same(train_on(plain, [6] * 14), train_on(own, [6] * 14))
+    assert executor.replayed > 5
+
+
+def test_targets_of_several_tensors() -> None:
+    def loss(output: Tensor, target: Any) -> Tensor:
+        classes, (weights,) = target["classes"], target["more"]
+        return F.cross_entropy(output, classes, reduction="none") * weights
+
+    def target(classes: Tensor) -> Any:
+        return {"classes": classes, "more": (classes.float() + 0.5,)}
+
+    plain, own, executor = programs(loss=loss)
+    assert same(train_on(plain, [6] * 14, target), train_on(own, [6] * 14, target))
+    assert executor.replayed > 5
+
+
+def weights_and_gradients(program: onward.Program) -> list[Tensor]:
+    parameters = [*program.model.parameters()]
+    return [*parameters, *(parameter.grad for parameter in parameters if parameter.grad is not None)]
+
+
+def test_a_replayed_step_that_fails_leaves_everything_and_the_next_goes_on() -> None:
+    plain, own, executor = programs()
+    broken = torch.full((6, 6), torch.nan)
+    for program in (plain, own):
+        train_on(program, [6] * 4)
+        before = [
+            value.clone() for value in (*program.model.parameters(), *(p.grad for p in program.model.parameters()))
+        ]
+        count = program.step_count
+        with pytest.raises(NonFiniteLossError, match="before any noise was added"):
+            program.step(broken, batch()[1])
+        assert program.step_count == count
+        assert same(before, weights_and_gradients(program))
+    assert executor.replayed > 0
+    assert same(train_on(plain, [6] * 4), train_on(own, [6] * 4))
+
+
+def test_parameters_that_move_are_captured_again_until_it_is_too_much() -> None:
+    plain, own, executor = programs(Ratio.auto(reach=0, warmup=1, probe_every=1000))
+    train_on(plain, [6] * 4), train_on(own, [6] * 4)
+    assert executor.captured == 1
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for number in range(MOST_CAPTURES + 3):
+            for parameter in own.model.parameters():
+                parameter.data = parameter.data.clone()
+            assert same(train_on(plain, [6]), train_on(own, [6])), number
+    assert executor.captured == MOST_CAPTURES
+    assert ["keep moving" in str(one.message) for one in told] == [True]
+
+
+def test_a_loss_that_has_changed_is_noticed_in_time() -> None:
+    scale = [1.0]
+    _, own, executor = programs(
+        Ratio.auto(reach=0, warmup=1, probe_every=10**6), loss=lambda o, t: scale[0] * squares(o, t)
+    )
+    train_on(own, [6] * 5)
+    scale[0] = 3.0
+    with pytest.warns(UserWarning, match="gives other numbers than when it was traced"):
+        train_on(own, [6] * (CHECK_EVERY + 2))
+    assert executor.replayed >= CHECK_EVERY - 10
+
+
+def squares(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target[:, None]).square().sum(1)
+
+
+class Remembering(nn.Module):
+    """A loss that anneals itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        return squares(output, target) / self.calls
+
+
+def noisy(output: Tensor, target: Tensor) -> Tensor:
+    return squares(output, target) * torch.rand(len(output)).add(0.5)
+
+
+def black_box(output: Tensor, target: Tensor) -> Tensor:
+    return (output.argmax(1) != target).float() + 0 * output.detach().sum(1)
+
+
+@pytest.mark.parametrize("loss", [Remembering, lambda: noisy, lambda: black_box], ids=["remembers", "draws", "opaque"])
+def test_a_loss_that_is_more_than_its_graph_is_not_replayed(loss: Callable[[], Any]) -> None:
+    found = []
+    for make in (False, True):
+        program = program_of(SOME, mlp, loss())
+        executor = graphed(program) if make else None
+        torch.manual_seed(1)
+        found.append(train_on(program, [6] * 10))
+    assert executor is not None
+    assert (executor.captured, executor.replayed) == (0, 0)
+    assert same(*found)
+
+
+@pytest.mark.parametrize("reason", ["not captured", "other numbers"])
+def test_a_graph_that_cannot_be_trusted_is_not_used(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: Callable[[], Any], device: torch.device) -> Any:
+        if reason == "not captured":
+            raise RuntimeError("out of graphs")
+        result, replay = graph_tape.capture(function, device)
+
+        def wrong() -> None:
+            replay()
+            next(iter(result.gradients.values())).add_(1.0)
+
+        return result, wrong
+
+    monkeypatch.setattr(graphs, "capture", broken)
+    plain, own, executor = programs()
+    expected = train_on(plain, [6] * 12)
+    said = "could not be captured" if reason == "not captured" else "gives other numbers for the gradient of 0.weight"
+    with pytest.warns(UserWarning, match=said):
+        found = train_on(own, [6] * 12)
+    assert same(expected, found)
+    assert (executor.captured, executor.replayed) == (1, 0)
+    assert said in executor.reason
+
+
+def test_what_a_capture_must_not_do_is_refused_by_the_tape() -> None:
+    """So that the tests above would fail if a clean step read a number."""
+    with pytest.raises(RuntimeError, match="capturing"):
+        graph_tape.capture(lambda: float(torch.ones(2).sum()), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [("layerwise", "every step is perturbed"), ("batch statistics", "random numbers"), ("corrected", "correction")],
+)
+def test_why_no_step_is_replayed(case: str, said: str) -> None:
+    assert said in GraphedExecutor(compiled_for(case), [0.1] * 9).reason
+
+
+def test_options() -> None:
+    x = batch()[0]
+    with pytest.raises(OptionError, match="graphs are a GPU's"):
+        onward.compile(mlp(), x, loss=F.cross_entropy, estimator="auto", cuda_graphs=True)
+    with pytest.raises(OptionError, match="True or False"):
+        onward.compile(mlp(), x, loss=F.cross_entropy, cuda_graphs=1)  # type: ignore[arg-type]
+
+
+def test_on_a_gpu_graphs_are_chosen_and_streams_exclude_them() -> None:
+    found = program_of(SOME, mlp, F.cross_entropy).compiled
+    leaves = [(leaf[0], leaf[1], torch.device("cuda"), leaf[3]) for leaf in found.captured.signature.leaves]
+    signature = replace(found.captured.signature, leaves=leaves)
+    moved = replace(found, captured=replace(found.captured, signature=signature))
+    with pytest.raises(OptionError, match="Choose one of them"):
+        make_executor(moved, [0.1] * 3, workers=1, streams=2, cuda_graphs=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", [name for name, (_, ratio) in CASES.items() if ratio.feedback == "learned"])
+def test_cuda_graphs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    x, y = (value.cuda() for value in data_of(case))
+    found = []
+    for graph in (False, True):
+        program = onward.compile(
+            model_for(case).cuda(), x, loss=F.cross_entropy, estimator=CASES[case][1], seed=3, cuda_graphs=graph
+        )
+        losses = []
+        for _ in range(12):
+            program.model.zero_grad()
+            losses.append(program.step(x, y))
+            with torch.no_grad():
+                for parameter in program.model.parameters():
+                    parameter.sub_(0.1 * parameter.grad)  # type: ignore[operator]
+        found.append([*losses, *program.model.state_dict().values()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    executor = program.executor
+    assert isinstance(executor, GraphedExecutor)
+    assert executor.reason or executor.replayed
