@@ -127,8 +127,8 @@ class Program:
             given, parameters, buffers = self.bind(inputs, target)
             environment, sigmas = given.environment, list(self.sigmas)
             calibrates = self.compiled.estimator.sigma == "auto" and self.step_count >= self.next_calibration
-            if updates is not None and (calibrates or self.compiled.estimator.sampling != "all"):
-                updates.finish()  # weights are read before the tasks
+            if updates is not None and (calibrates or self.waits()):
+                updates.finish()
             elif updates is not None:
                 given = replace(given, updates=updates)
             try:

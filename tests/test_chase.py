@@ -187,7 +187,7 @@ def test_the_forward_begins_before_the_last_update(monkeypatch: pytest.MonkeyPat
 
 
 def test_updates_are_recorded_and_drawn() -> None:
-    for ways in ("serial", "threads", "streams"):
+    for ways in ("threads", "streams"):
         trainer = trainer_of("auto", OPTIMIZERS["Adam"], ways)
         program, optimizer = trainer.program, trainer.optimizer
         program.step(*batch())

@@ -343,6 +343,22 @@ def test_streams_keep_what_measures_fastest(fastest: Way, monkeypatch: pytest.Mo
     assert trainer.pipeline == f"barrier: {Way.SIDE_BY_SIDE.value} measured faster"
 
 
+def test_a_program_that_waits_does_the_updates_it_is_given_first() -> None:
+    """Whatever gives them to it, and however its executor runs the step."""
+    serial, waiting = (trainer_of("auto", OPTIMIZERS["Adam"], "serial") for _ in range(2))
+    serial.fit(batches("auto", 2), 1)
+    program = waiting.program
+    names = {id(parameter): name for name, parameter in program.model.named_parameters()}
+    pending = None
+    for inputs, target in batches("auto", 2):
+        program.step(inputs, target, updates=pending)  # type: ignore[call-arg]
+        pending = PendingUpdates(waiting.optimizer, names, program.trust())
+        waiting.scheduler.step()  # type: ignore[union-attr]
+    assert pending is not None
+    pending.finish()
+    assert all(map(torch.equal, program.model.parameters(), serial.program.model.parameters()))
+
+
 def test_a_barrier_may_have_two_reasons() -> None:
     trainer = trainer_of("auto", OPTIMIZERS["Adam"], "threads")
     executor: Any = trainer.program.executor  # type: ignore[attr-defined]

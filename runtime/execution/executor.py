@@ -49,11 +49,8 @@ class SerialExecutor(BoundModel):
 
     def execute(self, step: Step, plan: Sequence[Action]) -> None:
         """Do the actions of a plan, in its order; small ones together, unless each is to be recorded."""
-        updates = step.given.updates
-        if self.record is not None:
-            plan = self.plans[step.given.perturbed, updates is not None]
-        elif updates is not None:
-            self.begin(updates)
+        if step.given.updates is not None:
+            self.begin(step.given.updates)
         for action in plan if self.record is not None else self.fused(plan):
             self.do(step, action, 0)
 
