@@ -161,6 +161,11 @@ class Program:
             perturbed = self._perturbs()
         return self.executor.waits(perturbed=perturbed)
 
+    def measures(self, *, perturbed: bool) -> bool:
+        """Whether the first such steps still measure if they had better wait."""
+        measures = self.executor.measures(perturbed=perturbed or self.feedback is None)
+        return measures and not self.waits(perturbed=perturbed)
+
     @torch.inference_mode(False)
     def calibrate(
         self,

@@ -305,6 +305,7 @@ def test_what_measures_fastest_is_kept(fastest: Way, applied: list[str], monkeyp
     executor = program.executor
     assert isinstance(executor, ThreadedExecutor)
     executor.concurrent = None
+    assert trainer.pipeline == "chase, while that is measured"
     judge(fastest, monkeypatch)
     trainer.fit(batches(case, steps), 1)
     assert digest(trainer) == after(steps, case, OPTIMIZERS["Adam"])
@@ -332,13 +333,13 @@ def test_streams_keep_what_measures_fastest(fastest: Way, monkeypatch: pytest.Mo
     executor.chases = None
     judge(fastest, monkeypatch)
     trainer.fit(batches("auto", 2 * TRIALS), 1)
-    assert trainer.pipeline == "chase"  # so far
+    assert trainer.pipeline == "chase, while that is measured"
     program.next_probe = 1 << 30  # steps without a perturbed run
     trainer.fit(batches("auto", 3 * TRIALS), 1)
     late = f"{fastest.value} measured faster"
     assert program.waits() == ("" if fastest is Way.CHASE else late)
-    mixed = f"chase; in steps without a perturbed run barrier: {late}"
-    assert trainer.pipeline == ("chase" if fastest is Way.CHASE else mixed)
+    clean = "chase" if fastest is Way.CHASE else f"barrier: {late}"
+    assert trainer.pipeline == f"chase, while that is measured; in steps without a perturbed run {clean}"
     executor.chases = False
     assert trainer.pipeline == f"barrier: {Way.SIDE_BY_SIDE.value} measured faster"
 
@@ -368,5 +369,7 @@ def test_a_barrier_may_have_two_reasons() -> None:
         "barrier: one after the other measured faster; in steps without a perturbed run barrier: side by side, "
         "behind all updates measured faster"
     )
-    trainer.optimizer.register_step_pre_hook(lambda *_: None)  # which are a barrier anyway
-    assert trainer.pipeline.startswith("barrier: one after the other")
+    trainer.optimizer.register_step_pre_hook(lambda *_: None)
+    assert trainer.pipeline.startswith("barrier: one after the other")  # without the hook, too
+    executor._trials[True, True].choice = executor._trials[False, True].choice = None
+    assert trainer.pipeline == "barrier: Adam has step hooks, which see all parameters"

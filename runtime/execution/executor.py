@@ -41,6 +41,10 @@ class SerialExecutor(BoundModel):
         only for those of the weights that they read."""
         return IN_A_ROW
 
+    def measures(self, *, perturbed: bool) -> bool:
+        """Whether it is still being measured if such a step had better wait."""
+        return False
+
     def run(self, given: StepInput) -> StepResult:
         """One step; raises NonFiniteLossError, and whatever the loss raises."""
         step = Step(self, given)

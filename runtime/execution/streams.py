@@ -79,6 +79,9 @@ class StreamedExecutor(SerialExecutor):
         way = self._way(perturbed)
         return "" if way in (None, Way.CHASE) else f"{way.value} measured faster"
 
+    def measures(self, *, perturbed: bool) -> bool:
+        return self._way(perturbed) is None
+
     def _way(self, perturbed: bool) -> Way | None:
         """How steps with updates are run, None while that is being measured."""
         if self.chases is None:

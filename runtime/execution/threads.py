@@ -89,6 +89,9 @@ class ThreadedExecutor(SerialExecutor):
         way = self._way(perturbed, updated=True)
         return "" if way in (None, Way.CHASE) else f"{way.value} measured faster"
 
+    def measures(self, *, perturbed: bool) -> bool:
+        return self._way(perturbed, updated=True) is None and not self.waits(perturbed=perturbed)
+
     def chosen(self, *, perturbed: bool, updated: bool = False) -> bool | None:
         """Whether steps with or without a perturbed run, and with or without updates, go side by side, updates among
         them; None while that is being measured."""

@@ -51,8 +51,13 @@ class Pipeline:
         """As `Trainer.pipeline`."""
         if self._chasing is None:
             return "barrier: the program takes no updates"
-        perturbed, clean = (self._chasing.waits(perturbed=kind) for kind in (True, False))
-        if not (perturbed and clean) and (why := coupling(self.optimizer)):
-            perturbed = clean = why
-        found = [f"barrier: {why}" if why else "chase" for why in (perturbed, clean)]
-        return found[0] if perturbed == clean else f"{found[0]}; in steps without a perturbed run {found[1]}"
+        program, coupled = self._chasing, coupling(self.optimizer)
+        perturbed, clean = (_in_words(program, kind, coupled) for kind in (True, False))
+        return perturbed if perturbed == clean else f"{perturbed}; in steps without a perturbed run {clean}"
+
+
+def _in_words(program: ChasingProgram, perturbed: bool, coupled: str) -> str:
+    """How steps of a kind begin."""
+    if why := program.waits(perturbed=perturbed) or coupled:
+        return f"barrier: {why}"
+    return "chase, while that is measured" if program.measures(perturbed=perturbed) else "chase"

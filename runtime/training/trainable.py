@@ -57,3 +57,7 @@ class ChasingProgram(TrainableProgram, Protocol):
         """Why a step with or without a perturbed run (None: the next) waits for all updates before its tasks; "" if it
         does not."""
         ...
+
+    def measures(self, *, perturbed: bool) -> bool:
+        """Whether that is still being measured."""
+        ...

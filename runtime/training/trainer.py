@@ -132,8 +132,8 @@ class Trainer:
     @property
     def pipeline(self) -> str:
         """How steps follow each other: "chase", or "barrier" and why all updates of the weights come before the next
-        step (see the module's docstring); of both where steps with and without a perturbed run differ. What measures
-        faster shows after some steps."""
+        step (see the module's docstring); of both where steps with and without a perturbed run differ. The first steps
+        measure which of them is faster."""
         return self._pipeline.describe()
 
     def fit(
