@@ -7,6 +7,11 @@ Every variant uses all the cores it is given: *serial* leaves them to torch's in
 of the step, *one core* is the serial executor with one thread, which has the bits that *workers* has. All variants run
 in turn, A B C A B C …, and every ratio is formed within a round. *Bound*: no schedule of these tasks, measured one by
 one, is shorter on so many workers.
+
+A second table has a step with Adam's update of the weights. *One core*: one thread, the update behind the step.
+*Barrier*: workers, the update behind the step. *Chase*: workers, the updates among the tasks of the next step, as
+`onward.Trainer` does it. *Chosen*: what the executor, left to itself, does in a trainer. (No variant with all threads
+in each operation is among these: threads that wait for more of its work would hold back whichever comes next.)
 """
 
 from __future__ import annotations
@@ -35,6 +40,8 @@ from onward.runtime.schedule.bounds import lower_bound
 from onward.runtime.schedule.costs import measured_costs
 from onward.runtime.schedule.tasks import make_tasks
 from onward.runtime.schedule.timeline import record
+from onward.runtime.training.pipeline import Pipeline
+from onward.runtime.training.update import update
 
 
 def deep_mlp(width: int) -> Callable[[], nn.Module]:
@@ -156,8 +163,7 @@ def measure(name: str, workers: int, rounds: int) -> Row:
     case, threads = CASES[name], workers
     torch.set_num_threads(threads)
     programs = {"serial": program_of(case, 1), "one core": program_of(case, 1), "workers": program_of(case, workers)}
-    executor = programs["workers"].executor
-    assert isinstance(executor, ThreadedExecutor)
+    executor = threaded(programs["workers"])
     executor.concurrent = True
     variants = variants_of(case, programs, threads)
     times = interleave(variants, rounds, CLOCKS["wall"], torch.device("cpu"))
@@ -179,6 +185,71 @@ def measure(name: str, workers: int, rounds: int) -> Row:
         ratio(times["naive"], times["workers"]) if "naive" in times else None,
         bool(executor.chosen(perturbed=True)),
     )
+
+
+@dataclass(frozen=True)
+class UpdateRow:
+    """What was measured of one case with the optimizer's update."""
+
+    case: str
+    one_core_ms: Spread
+    barrier_ms: Spread
+    chase_ms: Spread
+    barrier_over_chase: Spread
+    one_core_over_chase: Spread
+    chosen: str
+    """How the executor, left to itself, has steps follow each other."""
+
+
+def training_step(case: Case, program: Program, threads: int, *, barrier: bool = False) -> Callable[[], object]:
+    """A step with a perturbed run and an update by Adam, as in a trainer or with a barrier in any case."""
+    images, target = batch_of(case)
+    optimizer = torch.optim.Adam(program.model.parameters(), lr=1e-5)
+    optimizer.zero_grad()
+    pipeline = Pipeline(program, optimizer)
+
+    def run() -> object:
+        torch.set_num_threads(threads)
+        program.next_probe, program.next_calibration = 0, program.step_count + 1
+        loss = float(pipeline.step(images, target))
+        program.next_probe = 0  # the next has one, too: pipelines ask
+        update(program, optimizer) if barrier else pipeline.update()
+        return loss
+
+    return run
+
+
+def measure_updates(name: str, workers: int, rounds: int) -> UpdateRow:
+    """One case with updates."""
+    case = CASES[name]
+    torch.set_num_threads(workers)
+    kinds = {"one core": 1, "barrier": workers, "chase": workers}
+    programs = {kind: program_of(case, count) for kind, count in kinds.items()}
+    for kind in ("barrier", "chase"):
+        threaded(programs[kind]).concurrent = True
+    variants = {
+        kind: training_step(case, program, kinds[kind], barrier=kind != "chase") for kind, program in programs.items()
+    }
+    times = interleave(variants, rounds, CLOCKS["wall"], torch.device("cpu"))
+    free = programs["chase"]
+    executor = threaded(free)
+    executor.concurrent = None
+    while executor.chosen(perturbed=True, updated=True) is None:
+        variants["chase"]()
+    torch.set_num_threads(workers)
+    return UpdateRow(
+        name,
+        *(Spread.of([1e3 * value for value in times[kind]]) for kind in kinds),
+        ratio(times["barrier"], times["chase"]),
+        ratio(times["one core"], times["chase"]),
+        free.waits(perturbed=True).removesuffix(" measured faster") or "chase",
+    )
+
+
+def threaded(program: Program) -> ThreadedExecutor:
+    """The program's executor."""
+    assert isinstance(program.executor, ThreadedExecutor)
+    return program.executor
 
 
 def ratio(theirs: list[float], ours: list[float]) -> Spread:
@@ -207,6 +278,23 @@ def table(rows: list[Row], workers: int) -> Table:
     return shown
 
 
+def update_table(rows: list[UpdateRow], workers: int) -> Table:
+    """The measurements with updates."""
+    shown = Table(title=f"A step with Adam's update on {workers} workers (medians, quartiles)", title_justify="left")
+    shown.add_column("case")
+    for heading in ("one core, ms", "barrier", "chase", "barrier ÷ chase", "one core ÷ chase", "chosen"):
+        shown.add_column(heading, justify="right")
+    for row in rows:
+        shown.add_row(
+            row.case,
+            *(f"{spread.median:.2f}" for spread in (row.one_core_ms, row.barrier_ms, row.chase_ms)),
+            row.barrier_over_chase.show(),
+            row.one_core_over_chase.show(),
+            row.chosen,
+        )
+    return shown
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,13 +306,19 @@ def main(argv: list[str] | None = None) -> None:
     console = Console(width=None if Console().is_terminal else 140)
     found: dict[str, Any] = machine(torch.device("cpu"))
     console.print(describe(found), highlight=False)
-    rows = []
+    rows, updates = [], []
     for name in options.cases:
         rows.append(measure(name, options.workers, options.rounds))
-        console.print(table(rows[-1:], options.workers))
-    console.print(table(rows, options.workers))
+        updates.append(measure_updates(name, options.workers, options.rounds))
+        console.print(table(rows[-1:], options.workers), update_table(updates[-1:], options.workers))
+    console.print(table(rows, options.workers), update_table(updates, options.workers))
     if options.json is not None:
-        result = {"machine": found, "workers": options.workers, "rows": [asdict(row) for row in rows]}
+        result = {
+            "machine": found,
+            "workers": options.workers,
+            "rows": [asdict(row) for row in rows],
+            "updates": [asdict(row) for row in updates],
+        }
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

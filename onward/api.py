@@ -48,7 +48,8 @@ def compile(
         workers: CPU threads that share a step's gradient subgraphs and perturbed runs (`runtime.execution.threads`);
             torch's own threads are divided among them (2 workers have half of them each). With more than one, the first
             steps measure whether tasks go faster side by side or one after the other, and the faster way is kept; the
-            result's bits do not depend on it. Where neither beats a step with all threads, leave it at 1.
+            result's bits do not depend on it. `Trainer` makes the optimizer's updates tasks of the next step, where
+            that measures faster (`Trainer.pipeline`). Where nothing beats a step with all threads, leave it at 1.
         streams: streams of the GPU that they are issued on (`runtime.execution.streams`); no bit depends on it. On a
             GPU `workers` does nothing; on a CPU there are no streams, and more than one is an error.
         cuda_graphs: on a GPU, replay steps without a perturbed run from CUDA graphs (`runtime.execution.graphs`): for

@@ -1,13 +1,14 @@
 """The plan of a step as data: a list of actions, made before the step and printable.
 
-========  ==============================================================================================
-``F3``    stage 3 of the clean forward
-``E``     the clean losses, and with learned feedback their gradient at the output
-``P1.0``  the perturbed run of group 1, chunk 0 of its copies
-``G2``    the gradient subgraph of site 2, from the losses of all copies
-``G2.0``  the gradient subgraph of site 2 for chunk 0 (its captures are that chunk's own)
-``L1``    the feedback learns from perturbed run 1
-========  ==============================================================================================
+==========  ============================================================================================
+``F3``      stage 3 of the clean forward
+``E``       the clean losses, and with learned feedback their gradient at the output
+``P1.0``    the perturbed run of group 1, chunk 0 of its copies
+``G2``      the gradient subgraph of site 2, from the losses of all copies
+``G2.0``    the gradient subgraph of site 2 for chunk 0 (its captures are that chunk's own)
+``L1``      the feedback learns from perturbed run 1
+``U:fc.w``  the optimizer's update of a parameter after the step before (`with_updates`)
+==========  ============================================================================================
 """
 
 from __future__ import annotations
@@ -69,7 +70,17 @@ class Learn:
         return f"L{self.run}"
 
 
-Action = Forward | Error | Perturb | Gradient | Learn
+@dataclass(frozen=True)
+class Update:
+    """The optimizer's update of a parameter, by the gradient of the step before."""
+
+    parameter: str
+
+    def __str__(self) -> str:
+        return f"U:{self.parameter}"
+
+
+Action = Forward | Error | Perturb | Gradient | Learn | Update
 
 
 def make_plan(compiled: CompiledModel, *, perturbed: bool = True) -> tuple[Action, ...]:
@@ -89,6 +100,28 @@ def make_plan(compiled: CompiledModel, *, perturbed: bool = True) -> tuple[Actio
     return tuple(actions)
 
 
+def parameters_in_order(compiled: CompiledModel) -> tuple[str, ...]:
+    """The trained parameters, in the order in which the forward reads them."""
+    trained = {name for gradient in compiled.gradients for name in gradient.site.parameters}
+    keys = dict.fromkeys(key.removeprefix("parameter:") for stage in compiled.stages for key in input_keys(stage))
+    return tuple(name for name in keys if name in trained)
+
+
+def with_updates(compiled: CompiledModel, plan: tuple[Action, ...]) -> tuple[Action, ...]:
+    """The plan of a step that begins with the updates after the step before: each in front of the first stage that
+    reads its parameter, so that in this order, too, the forward chases the updates."""
+    left = dict.fromkeys(parameters_in_order(compiled))
+    found: list[Action] = []
+    for action in plan:
+        if isinstance(action, Forward):
+            read = [key.removeprefix("parameter:") for key in input_keys(compiled.stages[action.stage])]
+            due = [name for name in read if name in left]
+            found += map(Update, due)
+            left = {name: None for name in left if name not in due}
+        found.append(action)
+    return tuple(found)
+
+
 def chunks(compiled: CompiledModel, run: PerturbedRun) -> list[tuple[int, ...]]:
     """Copy ids of every chunk of a run. Both halves of a pair stay in one chunk, unless copies run one at a time."""
     estimator = compiled.estimator
@@ -104,7 +137,7 @@ def chunks(compiled: CompiledModel, run: PerturbedRun) -> list[tuple[int, ...]]:
 
 
 def keys_read(compiled: CompiledModel, action: Action) -> list[str]:
-    """What an action's graph reads; nothing for the losses and for learning, which have none."""
+    """What an action's graph reads; nothing for losses, learning and updates, which have none."""
     match action:
         case Forward(stage):
             return input_keys(compiled.stages[stage])
@@ -112,7 +145,7 @@ def keys_read(compiled: CompiledModel, action: Action) -> list[str]:
             return input_keys(compiled.runs[run].module)
         case Gradient(site, _):
             return next(input_keys(g.module) for g in compiled.gradients if g.site.index == site)
-        case Error() | Learn():
+        case Error() | Learn() | Update():
             return []
 
 

@@ -6,7 +6,8 @@ import json
 import math
 import traceback
 from collections.abc import Collection
-from dataclasses import fields
+from contextlib import nullcontext
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .calibration.record import Calibration
 from .checks import ModelCheck, check_batch, first_without_statistics_of_one
 from .execution.bindings import Environment
 from .execution.executors import make_executor
-from .execution.step import StepInput, StepResult
+from .execution.step import StepInput, StepResult, Updates
 from .feedback import FeedbackState, probe_interval, untaught
 from .linearity import measure
 from .loss import BatchLoss, Loss, SampleLoss
@@ -104,7 +105,7 @@ class Program:
             self._output_gradient = OutputGradient(self.loss)
 
     @torch.inference_mode(False)  # ``.grad`` and buffers outlive the caller's inference mode
-    def step(self, inputs: Any, target: Any) -> Tensor:
+    def step(self, inputs: Any, target: Any, *, updates: Updates | None = None) -> Tensor:
         """Estimate the gradient of the mean loss on a batch and add it to every trainable parameter's ``.grad``.
 
         Args:
@@ -112,6 +113,8 @@ class Program:
                 of any batch size, shapes, dtypes and device otherwise as in the example.
             target: whatever the loss takes; every tensor in it whose first dimension is the batch is repeated for the
                 copies.
+            updates: what the optimizer has still to do after the step before (`training.per_parameter`): tasks of this
+                step, unless `waits` says why not; then they go first. When the step returns or raises, all are done.
 
         Returns:
             The mean loss of the unperturbed run, a 0-d tensor.
@@ -120,24 +123,29 @@ class Program:
             BatchError: the batch is empty or does not fit the example.
             ModeError: train/eval mode or trainable parameters are not those the program was compiled for.
             LossShapeError, NonFiniteLossError, OutOfMemoryError: see `passes.errors`. Whatever is raised, gradients,
-                buffers, weights and `sigmas` are as before the step.
+                buffers, weights (with the `updates`) and `sigmas` are as before the step.
         """
-        given, parameters, buffers = self.bind(inputs, target)
-        environment, sigmas = given.environment, list(self.sigmas)
-        try:
-            with torch.no_grad(), self.executor.threads():
-                calibrates = self.compiled.estimator.sigma == "auto" and self.step_count >= self.next_calibration
-                spent, due = self._measure_sigmas(given) if calibrates else (0.0, self.next_calibration)
-                whole = given.samples
-                given, clean = self._sampled(given)
-                result = self.executor.run(given)
-        except BaseException as error:
-            self.sigmas[:] = sigmas
-            if is_out_of_memory(error):
-                traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
-                environment.clear()
-                raise OutOfMemoryError(suggest_chunk(self.compiled, given.samples, given.device)) from error
-            raise
+        with nullcontext() if updates is None else updates:
+            given, parameters, buffers = self.bind(inputs, target)
+            environment, sigmas = given.environment, list(self.sigmas)
+            calibrates = self.compiled.estimator.sigma == "auto" and self.step_count >= self.next_calibration
+            if updates is not None and (calibrates or self.waits()):
+                updates.finish()
+            elif updates is not None:
+                given = replace(given, updates=updates)
+            try:
+                with torch.no_grad(), self.executor.threads():
+                    spent, due = self._measure_sigmas(given) if calibrates else (0.0, self.next_calibration)
+                    whole = given.samples
+                    given, clean = self._sampled(given)
+                    result = self.executor.run(given)
+            except BaseException as error:
+                self.sigmas[:] = sigmas
+                if is_out_of_memory(error):
+                    traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
+                    environment.clear()
+                    raise OutOfMemoryError(suggest_chunk(self.compiled, given.samples, given.device)) from error
+                raise
         if clean is not None:
             result.losses, result.buffers = clean.losses, clean.buffers
             self.clean_forwards += whole
@@ -145,6 +153,20 @@ class Program:
         self.next_calibration = due
         self.forwards += spent * whole
         return result.losses.mean()
+
+    def waits(self, *, perturbed: bool | None = None) -> str:
+        """Why a step waits for all updates of the weights after the one before; "" if its tasks wait only for those of
+        the weights that they read. A step with or without a perturbed run, if there are both; None: the next."""
+        if self.compiled.estimator.sampling != "all":
+            return "a clean run draws the samples before a step's tasks"
+        if self.feedback is None or perturbed is None:
+            perturbed = self._perturbs()
+        return self.executor.waits(perturbed=perturbed)
+
+    def measures(self, *, perturbed: bool) -> bool:
+        """Whether the first such steps still measure if they had better wait."""
+        measures = self.executor.measures(perturbed=perturbed or self.feedback is None)
+        return measures and not self.waits(perturbed=perturbed)
 
     @torch.inference_mode(False)
     def calibrate(
@@ -307,7 +329,7 @@ class Program:
             target,
             self.feedback,
             self._output_gradient,
-            self._warms_up() or self.step_count >= self.next_probe,
+            self._perturbs(),
         )
         return given, parameters, buffers
 
@@ -379,6 +401,10 @@ class Program:
         there is nothing to learn."""
         learns = self.feedback is not None and bool(self.feedback.jacobians)
         return learns and self.feedback.steps < self.compiled.estimator.warmup  # type: ignore[union-attr]
+
+    def _perturbs(self) -> bool:
+        """Whether the next step has a perturbed run, if the program has any."""
+        return self._warms_up() or self.step_count >= self.next_probe
 
     def _commit(
         self, result: StepResult, given: StepInput, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]

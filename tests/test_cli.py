@@ -307,9 +307,11 @@ def test_train_is_repeatable_and_resumes_exactly(tmp_path):
 
 
 def test_train_alr_and_own_model(factories):
-    output = call("train", "--model", f"{factories}:linear", "--alr", "--copies", 4, "--epochs", 1, "--quiet").output
+    options = ("--alr", "--copies", 4, "--epochs", 1, "--workers", 2, "--quiet")
+    output = call("train", "--model", f"{factories}:linear", *options).output
     assert "forward-only" in output
     assert "alr" not in output
+    assert "updates and the next step:" in output
 
 
 # --- compile ----------------------------------------------------------------------------------------------------------

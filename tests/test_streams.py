@@ -209,7 +209,7 @@ def test_the_books_find_what_is_missing(broken: str, device: FakeDevice, monkeyp
     if broken == "waits":
         plan = StreamedExecutor.stream_plan
 
-        def without(self: StreamedExecutor, samples: int, *, perturbed: bool) -> StreamPlan:
+        def without(self: StreamedExecutor, samples: int, *, perturbed: bool, updated: bool) -> StreamPlan:
             found = plan(self, samples, perturbed=perturbed)
             return replace(found, issues=tuple(replace(issue, waits=()) for issue in found.issues))
 

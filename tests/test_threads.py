@@ -33,7 +33,8 @@ from onward.passes.errors import NonFiniteLossError, OptionError
 from onward.runtime.execution import threads as threading_module
 from onward.runtime.execution.executor import SerialExecutor
 from onward.runtime.execution.step import Step
-from onward.runtime.execution.threads import TRIALS, ThreadedExecutor, _Trial
+from onward.runtime.execution.threads import ThreadedExecutor
+from onward.runtime.execution.trial import TRIALS, Trial, Way
 from onward.runtime.plan import Action, Gradient, Perturb
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -191,16 +192,17 @@ def test_the_loss_is_called_by_one_worker_at_a_time() -> None:
     program.step(*batch())
 
 
-def test_the_faster_way_is_kept() -> None:
-    for slower in (True, False):
-        trial = _Trial(())
+@pytest.mark.parametrize("among", [tuple(Way), tuple(Way)[:2]])
+def test_the_fastest_way_is_kept(among: tuple[Way, ...]) -> None:
+    for fastest in among:
+        trial = Trial(among)
         ways = []
         while trial.choice is None:
-            ways.append(trial.concurrent())
-            trial.tell(ways[-1], 2.0 if ways[-1] == slower else 1.0)
-        assert trial.choice is (not slower)
-        assert ways == [False, True] * TRIALS
-        assert trial.concurrent() is trial.choice
+            ways.append(trial.next())
+            trial.tell(ways[-1], 1.0 if ways[-1] is fastest else 2.0)
+        assert trial.choice is fastest
+        assert ways == list(among) * TRIALS
+        assert trial.next() is fastest
 
 
 def test_a_program_decides_after_its_first_steps_without_changing_a_bit() -> None:

@@ -80,9 +80,10 @@ _LEGEND = (
     "equal share of all tasks, whichever is longer; simulated = list scheduling of the measured times, as if workers "
     "never got in each other's way (Python's lock, memory); recorded = run, the whole step; efficiency = all tasks on "
     "one worker over the time of all workers. There are as many perturbed runs in memory as workers. On cuda times are "
-    "those of starting operations. barrier = the next step begins when all weights are updated, as in the trainer; "
-    "chase = its forward follows the updates, which begin when all gradients are there and finite; at once = an update "
-    "begins with its own gradients, and a step that fails leaves some weights changed. All three are simulated"
+    "those of starting operations. barrier = the next step begins when all weights are updated, as in the trainer "
+    "with one worker; chase = its forward follows the updates, which begin when all gradients are there and finite, as "
+    "in the trainer with several; at once = an update begins with its own gradients, and a step that fails leaves some "
+    "weights changed. All three are simulated"
 )
 
 

@@ -54,6 +54,8 @@ class Outcome:
     forwards: float
     """Forwards of one sample: clean and perturbed, a perturbed suffix counting by its share of the FLOPs."""
     forwards_per_sample_and_step: float
+    pipeline: str
+    """How steps followed each other in the end (`Trainer.pipeline`)."""
     history: History
 
     def to_json(self) -> dict[str, Any]:
@@ -233,7 +235,10 @@ def train(
         write_whole(json_file, to_json(jsonable(result)))
     if written is not None and save_onnx is not None:
         written.save(save_onnx)
-    console.print(_table(outcome, reference, setup.recipe, perturbs=bool(program.compiled.runs)))
+    notes = [] if program.compiled.runs else [UNPERTURBED]
+    if max(workers, streams) > 1:
+        notes.append(f"the weights' updates and the next step: {outcome.pipeline}")
+    console.print(_table(outcome, reference, setup.recipe, notes))
     if interrupted:
         goes_on = directory is not None and outcome.history.interrupted
         hint = " Go on with the same command and --resume." if goes_on else ""
@@ -274,6 +279,7 @@ def run(
         seconds=sum(record.seconds for record in history),
         forwards=forwards,
         forwards_per_sample_and_step=forwards / program.clean_forwards if program.clean_forwards else 0.0,
+        pipeline=trainer.pipeline,
         history=history,
     )
 
@@ -309,9 +315,8 @@ def _result(common: Common, setup: Setup, outcome: Outcome, reference: Outcome |
     return result if reference is None else result | {"bp": reference.to_json()}
 
 
-def _table(outcome: Outcome, reference: Outcome | None, recipe: Recipe, *, perturbs: bool) -> Table:
+def _table(outcome: Outcome, reference: Outcome | None, recipe: Recipe, notes: list[str]) -> Table:
     table = Table()
-    notes = [] if perturbs else [UNPERTURBED]
     table.add_column("method")
     for heading in ("test accuracy", "test loss", "seconds", "forwards", "a sample and step"):
         table.add_column(heading, justify="right")
@@ -320,7 +325,7 @@ def _table(outcome: Outcome, reference: Outcome | None, recipe: Recipe, *, pertu
         rows.append(("backpropagation", reference, "1.0 + a backward"))
         if recipe.model in TWINS:
             options = ", ".join(f"{name}={value}" for name, value in TWINS[recipe.model].items())
-            notes.append(f"backpropagation trains the model with {options}")
+            notes = [*notes, f"backpropagation trains the model with {options}"]
     table.caption = "\n".join(notes) or None
     for name, one, each in rows:
         table.add_row(

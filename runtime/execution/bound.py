@@ -13,7 +13,7 @@ from ...passes.fuse_packed_gradients import fuse_packed_gradients
 from ...passes.separate_outputs import returned
 from ..finite import all_finite
 from ..noise import kernels
-from ..plan import Action, Gradient, chunks, make_plan
+from ..plan import Action, Gradient, chunks, make_plan, with_updates
 from .bindings import BoundGraph
 from .fusion import Fused, fuse, fuse_plan
 from .lifetimes import lifetimes
@@ -33,7 +33,13 @@ class BoundModel:
         self.sigmas = sigmas
         self.plan = make_plan(compiled)
         self.clean_plan = make_plan(compiled, perturbed=False)
-        self.lifetimes = {True: lifetimes(compiled, self.plan), False: lifetimes(compiled, self.clean_plan)}
+        self.plans = {
+            (perturbed, updated): with_updates(compiled, plan) if updated else plan
+            for perturbed, plan in ((True, self.plan), (False, self.clean_plan))
+            for updated in (True, False)
+        }
+        """Both plans, and how each begins with updates, by whether the step is perturbed and whether it does."""
+        self.lifetimes = {perturbed: lifetimes(compiled, self.plans[perturbed, True]) for perturbed in (True, False)}
         """Of both plans, by whether the step is perturbed."""
         self.copies = [
             [torch.tensor(chunk, dtype=torch.int64) for chunk in chunks(compiled, run)] for run in compiled.runs
@@ -45,13 +51,13 @@ class BoundModel:
         learns = compiled.estimator.feedback == "learned"
         self.returned = [index for index, _ in returned(compiled.graph.graph)] if learns else []
         self.corrects = any(g.source == "corrected" for g in compiled.gradients)
-        device = next(leaf[2] for leaf in compiled.captured.signature.leaves if isinstance(leaf, tuple))
-        with_kernels = kernels.serves(device)
+        self.device = next(leaf[2] for leaf in compiled.captured.signature.leaves if isinstance(leaf, tuple))
+        with_kernels = kernels.serves(self.device)
         self.gradients = {
             g.site.index: (_bound_gradient(fuse_packed_gradients(g.module) if with_kernels else g.module), g)
             for g in compiled.gradients
         }
-        self.reached = {index: reach.to(device) for index, reach in compiled.reached.items()}
+        self.reached = {index: reach.to(self.device) for index, reach in compiled.reached.items()}
         self.readers = [
             {g.site.index for g in compiled.gradients if g.per_copy and g.run == run.index} for run in compiled.runs
         ]

@@ -11,10 +11,14 @@ from ...compiler.program import CompiledModel
 from ..plan import Action, Error, Forward
 from .bound import BoundModel
 from .fusion import Fused
-from .step import HANDLERS, Step, StepInput, StepResult
+from .step import HANDLERS, Step, StepInput, StepResult, Updates
 
 Record = Callable[[str, int, float, float], None]
 """``(action, worker, start, end)``, the times being those of ``time.perf_counter``, in seconds."""
+
+
+IN_A_ROW = "a step's tasks run one after the other"
+"""Why a step waits for all updates."""
 
 
 class SerialExecutor(BoundModel):
@@ -32,6 +36,15 @@ class SerialExecutor(BoundModel):
         """With the intra-op threads of this executor's operations, for all that belongs to a step."""
         return nullcontext()
 
+    def waits(self, *, perturbed: bool) -> str:
+        """Why a step with or without a perturbed run waits for all updates after the one before; "" if its tasks wait
+        only for those of the weights that they read."""
+        return IN_A_ROW
+
+    def measures(self, *, perturbed: bool) -> bool:
+        """Whether it is still being measured if such a step had better wait."""
+        return False
+
     def run(self, given: StepInput) -> StepResult:
         """One step; raises NonFiniteLossError, and whatever the loss raises."""
         step = Step(self, given)
@@ -40,8 +53,14 @@ class SerialExecutor(BoundModel):
 
     def execute(self, step: Step, plan: Sequence[Action]) -> None:
         """Do the actions of a plan, in its order; small ones together, unless each is to be recorded."""
+        if step.given.updates is not None:
+            self.begin(step.given.updates)
         for action in plan if self.record is not None else self.fused(plan):
             self.do(step, action, 0)
+
+    def begin(self, updates: Updates) -> None:
+        """Update all weights before the first task."""
+        updates.finish()
 
     def do(self, step: Step, action: Action | Fused, worker: int) -> None:
         """Do one action."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from types import TracebackType
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from ...compiler.program import GradientSubgraph
 from ...passes.errors import NonFiniteLossError
 from ..feedback import FeedbackState, Probe, learn
 from ..output_gradient import OutputGradient
-from ..plan import Action, Error, Forward, Gradient, Learn, Perturb
+from ..plan import Action, Error, Forward, Gradient, Learn, Perturb, Update
 from .bindings import BoundGraph, Environment
 from .bound import BoundModel
 from .fusion import Fused
@@ -44,6 +45,29 @@ class StepResult:
     """What feedback has learned, this step included."""
 
 
+class Updates(Protocol):
+    """What the optimizer has still to do after the step before, each parameter's part by itself. As a context it is
+    finished in the end, however that comes."""
+
+    def gradient(self, parameter: str, /) -> Tensor | None:
+        """What it is done by; None if the parameter is not to be updated, or no longer."""
+        ...
+
+    def apply(self, parameter: str, /) -> None:
+        """Update a parameter, unless that is done or begun. Safe from any thread."""
+        ...
+
+    def finish(self) -> None:
+        """Update all that are left, and wait for those that others are at."""
+        ...
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None: ...
+
+
 @dataclass(frozen=True)
 class StepInput:
     """What a step is a function of."""
@@ -64,6 +88,8 @@ class StepInput:
     """Whether the copies run; with learned feedback a step can do without (`LikelihoodRatio.probe_every`)."""
     weights: Tensor | None = None
     """How much each sample counts in the gradient, ``(N,)``, where they do not count alike (`runtime.sampling`)."""
+    updates: Updates | None = None
+    """Of the weights, each to be done before anything reads it; of a step that fails some are left."""
 
 
 class Step:
@@ -107,6 +133,10 @@ class Step:
                 self.narrowed.pop(int(key.removeprefix(NARROWED)), None)
             else:
                 self.environment.pop(key, None)
+
+    def update(self, action: Update) -> None:
+        assert self.given.updates is not None
+        self.given.updates.apply(action.parameter)
 
     def forward(self, action: Forward) -> None:
         self.environment.update(self.bound.stages[action.stage](self.environment))
@@ -299,6 +329,7 @@ class Step:
 
 
 HANDLERS: dict[type, Callable[[Step, Any], None]] = {
+    Update: Step.update,
     Forward: Step.forward,
     Error: Step.evaluate,
     Perturb: Step.perturb,

@@ -9,7 +9,11 @@ streams where the tasks' graph says so. In the end the caller's stream waits for
 
 **Memory.** torch's allocator gives freed memory back to the stream that asked for it, and knows of no other that may
 still read it. So whatever a task made is lent (`lend`) to the streams of the tasks that read it, and the step's result
-to the caller's stream. What the step was given is freed behind its end, when all streams are past it.
+to the caller's stream; so is a gradient to the stream that updates a weight by it, which lets go of it. What else the
+step was given is freed behind its end, when all streams are past it.
+
+**Updates** of the weights are tasks of the next step where that is faster: one by one they give the host more to issue
+than all of them at once. It gets measured; a step ends when the GPU has done it (below), so that times are whole.
 
 **The host** issues a step without waiting for the GPU, but where it needs a number: see method.md, "What runs side by
 side". Losses have to be finite; that is looked at once, when all tasks are issued and before anything is written.
@@ -17,6 +21,7 @@ side". Losses have to be finite; that is looked at once, when all tasks are issu
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -27,12 +32,13 @@ from torch import Tensor, get_device_module
 from ...compiler.program import CompiledModel
 from ..feedback import FeedbackState
 from ..finite import all_finite
-from ..plan import Action, Error, Forward, Gradient, Learn, Perturb
+from ..plan import Action, Error, Forward, Gradient, Learn, Perturb, Update
 from ..schedule.costs import estimated_costs
 from ..schedule.tasks import make_tasks
 from .executor import SerialExecutor
 from .step import Step, StepResult
 from .stream_plan import StreamPlan, make_stream_plan
+from .trial import Trial, Way
 
 
 class StreamedExecutor(SerialExecutor):
@@ -42,6 +48,10 @@ class StreamedExecutor(SerialExecutor):
     ``stream``. torch's module of the CPU has them too, and its streams run everything at once: there a step is the
     serial executor's.
 
+    Attributes:
+        streams: how many streams.
+        chases: True or False: updates are tasks of the next step, or all done before it; None: as measured.
+
     A step that fails raises what the first of the failed tasks in the plan's order raised, or a loss before it that was
     not finite; the caller's stream then waits for all that has been issued.
     """
@@ -49,24 +59,53 @@ class StreamedExecutor(SerialExecutor):
     def __init__(self, compiled: CompiledModel, sigmas: list[float], streams: int) -> None:
         super().__init__(compiled, sigmas)
         self.streams = streams
-        self._plans: dict[bool, StreamPlan] = {}
+        self.chases: bool | None = None
+        self._trials = {perturbed: Trial((Way.SIDE_BY_SIDE, Way.CHASE)) for perturbed in (True, False)}
+        self._plans: dict[tuple[bool, bool], StreamPlan] = {}
         self._pools: dict[torch.device, list[Any]] = {}
         self._unchecked: list[tuple[Tensor, Callable[[], NoReturn]]] | None = None
 
-    def stream_plan(self, samples: int, *, perturbed: bool) -> StreamPlan:
-        """How a step with or without a perturbed run is issued; made for the first batch's number of samples, which
-        changes costs and with them places, but no result."""
-        if perturbed not in self._plans:
-            plan = self.plan if perturbed else self.clean_plan
-            tasks = make_tasks(self.compiled, plan, in_flight=self.streams)
+    def stream_plan(self, samples: int, *, perturbed: bool, updated: bool = False) -> StreamPlan:
+        """How a step with or without a perturbed run, and with or without updates, is issued; made for the first
+        batch's number of samples, which changes costs and with them places, but no result."""
+        kind = perturbed, updated
+        if kind not in self._plans:
+            tasks = make_tasks(self.compiled, self.plans[kind], in_flight=self.streams)
             costs = estimated_costs(self.compiled, tasks, samples)
-            self._plans[perturbed] = make_stream_plan(tasks, costs, self.streams)
-        return self._plans[perturbed]
+            self._plans[kind] = make_stream_plan(tasks, costs, self.streams)
+        return self._plans[kind]
+
+    def waits(self, *, perturbed: bool) -> str:
+        way = self._way(perturbed)
+        return "" if way in (None, Way.CHASE) else f"{way.value} measured faster"
+
+    def measures(self, *, perturbed: bool) -> bool:
+        return self._way(perturbed) is None
+
+    def _way(self, perturbed: bool) -> Way | None:
+        """How steps with updates are run, None while that is being measured."""
+        if self.chases is None:
+            return self._trials[perturbed].choice
+        return Way.CHASE if self.chases else Way.SIDE_BY_SIDE
 
     def execute(self, step: Step, plan: Sequence[Action]) -> None:
+        updates, perturbed = step.given.updates, step.given.perturbed
+        if updates is None:
+            self._run(step, updated=False)
+            return
+        trial = self._trials[perturbed]
+        way = self._way(perturbed) or trial.next()
+        started = time.perf_counter()
+        if way is Way.SIDE_BY_SIDE:
+            self.begin(updates)
+        self._run(step, updated=way is Way.CHASE)
+        if self._way(perturbed) is None:
+            trial.tell(way, time.perf_counter() - started)
+
+    def _run(self, step: Step, *, updated: bool) -> None:
         device = step.given.device
         module = get_device_module(device)
-        chosen = self.stream_plan(step.given.samples, perturbed=plan is self.plan)
+        chosen = self.stream_plan(step.given.samples, perturbed=step.given.perturbed, updated=updated)
         if device not in self._pools:
             self._pools[device] = [module.Stream(device) for _ in range(self.streams)]
         streams = self._pools[device]
@@ -110,6 +149,8 @@ class StreamedExecutor(SerialExecutor):
                 stream.wait_event(events[before])
             if isinstance(task.action, Perturb):
                 step.narrowed.pop(task.action.run, None)  # each chunk cuts its own: no other stream's may be unfinished
+            elif isinstance(task.action, Update):
+                _lend_gradient(step, task.action, stream)
             with module.stream(stream):
                 self.do(step, task.action, issue.stream)
             for reader in plan.readers[position]:
@@ -159,7 +200,16 @@ def _made(step: Step, action: Action) -> Iterable[Tensor]:
             found = [*step.corrections.values(), *_of_feedback(step.result.feedback)]
         case Gradient(site, _):
             found = [step.result.gradients.get(name) for name in step.compiled.sites[site].parameters]
+        case Update():  # a weight and its optimizer's state outlive the step
+            found = []
     return [value for value in found if isinstance(value, Tensor)]
+
+
+def _lend_gradient(step: Step, action: Update, stream: Any) -> None:
+    """The gradient that an update reads and lets go of."""
+    gradient = None if step.given.updates is None else step.given.updates.gradient(action.parameter)
+    if gradient is not None:
+        lend(gradient, stream)
 
 
 def _of_result(result: StepResult) -> Iterator[Tensor]:

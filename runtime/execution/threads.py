@@ -1,9 +1,10 @@
 """The executor of CPU threads: the tasks of a step on several workers, wherever none waits for another (`tasks`).
 
 Operations release Python's lock while they compute, so that two workers halve a step whose operations are large, and
-slow down one whose operations are tiny. Which it is gets measured: the first steps are run both ways in turn, and the
-faster way is kept. The result has the same bits either way, since no sum changes its order and every operation uses the
-same number of intra-op threads: torch's own, divided among the workers.
+slow down one whose operations are tiny. Which it is gets measured: the first steps are run each `Way` in turn, and the
+fastest is kept. The result has the same bits any way, since no sum changes its order and every operation uses the
+same number of intra-op threads: torch's own, divided among the workers. (Updates of the weights, which add nothing up,
+use all of them where they go before the tasks.)
 """
 
 from __future__ import annotations
@@ -25,18 +26,13 @@ import torch
 from torch import Tensor
 
 from ...compiler.program import CompiledModel
-from ..plan import Action
+from ..plan import Action, Update
 from ..schedule.bounds import followers, priorities
 from ..schedule.tasks import Task, make_tasks
-from .executor import SerialExecutor
+from .executor import IN_A_ROW, SerialExecutor
 from .precision import autocasting
-from .step import Step
-
-TRIALS = 8
-"""Steps that are measured each way, of either kind of step."""
-
-WARM_UP = 4
-"""The first of them, which tell what the tasks cost and not which way is faster."""
+from .step import Step, Updates
+from .trial import WARM_UP, Trial, Way
 
 
 class ThreadedExecutor(SerialExecutor):
@@ -59,10 +55,11 @@ class ThreadedExecutor(SerialExecutor):
         self.workers = workers
         self.intra_op = max(1, torch.get_num_threads() // workers)
         self.concurrent: bool | None = None
-        self._trials = {
-            perturbed: _Trial(make_tasks(compiled, plan, in_flight=workers))
-            for perturbed, plan in ((True, self.plan), (False, self.clean_plan))
+        self._graphs = {
+            kind: _Graph(make_tasks(compiled, plan, in_flight=workers)) for kind, plan in self.plans.items()
         }
+        ways = tuple(Way)
+        self._trials = {(perturbed, updated): Trial(ways[: 2 + updated]) for perturbed, updated in self.plans}
         self._pool: ThreadPoolExecutor | None = None
         self._process = 0
 
@@ -70,50 +67,84 @@ class ThreadedExecutor(SerialExecutor):
         return intra_op_threads(self.intra_op)
 
     def execute(self, step: Step, plan: Sequence[Action]) -> None:
-        if step.given.device.type != "cpu" or _of_this_thread():
+        if self.device.type != "cpu" or _of_this_thread():
             super().execute(step, plan)
             return
-        perturbed = plan is self.plan
-        trial, chosen = self._trials[perturbed], self.chosen(perturbed=perturbed)
-        if chosen is None:
-            self._measure(step, plan, trial)
-        elif chosen:
-            self._run_concurrently(step, trial)
+        updated = step.given.updates is not None
+        way = self._way(step.given.perturbed, updated)
+        if way is None:
+            self._measure(step, plan, updated)
         else:
-            super().execute(step, plan)
+            self._run(step, plan, way)
 
-    def chosen(self, *, perturbed: bool) -> bool | None:
-        """Whether steps with or without a perturbed run go side by side; None while that is being measured."""
-        return self._trials[perturbed].choice if self.concurrent is None else self.concurrent
+    def begin(self, updates: Updates) -> None:
+        with intra_op_threads(self.intra_op * self.workers):
+            updates.finish()
 
-    def _measure(self, step: Step, plan: Sequence[Action], trial: _Trial) -> None:
-        """One of the steps that are run both ways in turn; serially at first task by task, to know what each costs."""
-        concurrent = trial.concurrent()
+    def waits(self, *, perturbed: bool) -> str:
+        if self.device.type != "cpu" or self.concurrent is False:
+            return IN_A_ROW
+        if _of_this_thread():
+            return "autocast, or a mode of the calling thread, keeps the tasks on that thread"
+        way = self._way(perturbed, updated=True)
+        return "" if way in (None, Way.CHASE) else f"{way.value} measured faster"
+
+    def measures(self, *, perturbed: bool) -> bool:
+        return self._way(perturbed, updated=True) is None and not self.waits(perturbed=perturbed)
+
+    def chosen(self, *, perturbed: bool, updated: bool = False) -> bool | None:
+        """Whether steps with or without a perturbed run, and with or without updates, go side by side, updates among
+        them; None while that is being measured."""
+        way = self._way(perturbed, updated)
+        return None if way is None else way is (Way.CHASE if updated else Way.SIDE_BY_SIDE)
+
+    def _way(self, perturbed: bool, updated: bool) -> Way | None:
+        """How such steps are run, None while that is being measured."""
+        trial = self._trials[perturbed, updated]
+        return trial.choice if self.concurrent is None else trial.ways[-1 if self.concurrent else 0]
+
+    def _measure(self, step: Step, plan: Sequence[Action], updated: bool) -> None:
+        """One of the steps that are run each way in turn; in a row at first task by task, to know what each costs."""
+        perturbed = step.given.perturbed
+        trial, graph = self._trials[perturbed, updated], self._graphs[perturbed, updated]
+        way = trial.next()
         started = time.perf_counter()
-        if concurrent:
-            self._run_concurrently(step, trial)
-        elif len(trial.seconds[False]) < WARM_UP:
-            for task, costs in zip(trial.tasks, trial.costs, strict=True):
+        if way is Way.IN_A_ROW and len(trial.seconds[way]) < WARM_UP:
+            for task, costs in zip(graph.tasks, graph.costs, strict=True):
                 begun = time.perf_counter()
                 self.do(step, task.action, 0)
                 costs.append(time.perf_counter() - begun)
-            self.prioritise([statistics.median(costs) for costs in trial.costs], perturbed=step.given.perturbed)
+            medians = [statistics.median(costs) for costs in graph.costs]
+            self.prioritise(medians, perturbed=perturbed, updated=updated)
         else:
-            super().execute(step, plan)
-        trial.tell(concurrent, time.perf_counter() - started)
+            self._run(step, plan, way)
+        trial.tell(way, time.perf_counter() - started)
+        if updated and trial.choice not in (None, Way.CHASE):  # from now on updates come before the step
+            self._trials[perturbed, False].choice = trial.choice
 
-    def prioritise(self, costs: Sequence[float], *, perturbed: bool) -> None:
+    def prioritise(self, costs: Sequence[float], *, perturbed: bool, updated: bool = False) -> None:
         """Of the tasks that are ready take first the one with the longest way to the end, given the seconds of each, in
         the plan's order."""
-        trial = self._trials[perturbed]
-        trial.order = priorities(trial.tasks, costs)
+        graph = self._graphs[perturbed, updated]
+        graph.order = priorities(graph.tasks, costs)
+        if updated:
+            plain = [c for task, c in zip(graph.tasks, costs, strict=True) if not isinstance(task.action, Update)]
+            self.prioritise(plain, perturbed=perturbed)
 
-    def _run_concurrently(self, step: Step, trial: _Trial) -> None:
+    def _run(self, step: Step, plan: Sequence[Action], way: Way) -> None:
+        if way is Way.IN_A_ROW:
+            super().execute(step, plan)
+            return
+        if step.given.updates is not None and way is Way.SIDE_BY_SIDE:
+            self.begin(step.given.updates)
+        self._run_concurrently(step, self._graphs[step.given.perturbed, way is Way.CHASE])
+
+    def _run_concurrently(self, step: Step, graph: _Graph) -> None:
         if self._pool is None or self._process != os.getpid():  # threads do not survive a fork
             self._pool = ThreadPoolExecutor(self.workers, "onward", torch.set_num_threads, (self.intra_op,))
             self._process = os.getpid()
         step.given = replace(step.given, loss=_one_at_a_time(step.given.loss))
-        run = _Run(self, step, trial)
+        run = _Run(self, step, graph)
         workers = [self._pool.submit(copy_context().run, run.work, number) for number in range(self.workers)]
         try:
             wait(workers)
@@ -129,38 +160,23 @@ class ThreadedExecutor(SerialExecutor):
                 del failed  # its traceback holds this frame, and with it all that the step computed
 
 
-class _Trial:
-    """The tasks of a kind of step, and the seconds of steps run both ways, until the faster is known."""
+class _Graph:
+    """The tasks of a kind of step."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks, self.followers = tasks, followers(tasks)
-        self.seconds: dict[bool, list[float]] = {False: [], True: []}
-        self.choice: bool | None = None
         self.costs: list[list[float]] = [[] for _ in tasks]
         """Seconds of every task in the first serial steps."""
         self.order: Sequence[float] = [0.0] * len(tasks)
         """Of the tasks that are ready, those with the larger number go first: the longest way left, as measured."""
 
-    def concurrent(self) -> bool:
-        """How to run the next step."""
-        if self.choice is not None:
-            return self.choice
-        return len(self.seconds[True]) < len(self.seconds[False])
-
-    def tell(self, concurrent: bool, seconds: float) -> None:
-        """How long a step took that was run this way."""
-        self.seconds[concurrent].append(seconds)
-        if min(map(len, self.seconds.values())) >= TRIALS:
-            serial, threaded = (statistics.median(self.seconds[way][WARM_UP:]) for way in (False, True))
-            self.choice = threaded < serial
-
 
 class _Run:
     """One step's tasks, shared by the workers."""
 
-    def __init__(self, executor: ThreadedExecutor, step: Step, trial: _Trial) -> None:
+    def __init__(self, executor: ThreadedExecutor, step: Step, graph: _Graph) -> None:
         self.executor, self.step = executor, step
-        self.tasks, self.followers, self.order = trial.tasks, trial.followers, trial.order
+        self.tasks, self.followers, self.order = graph.tasks, graph.followers, graph.order
         self.missing = [len(task.after) for task in self.tasks]
         self.ready = [(-self.order[at], at) for at, count in enumerate(self.missing) if not count]
         heapq.heapify(self.ready)

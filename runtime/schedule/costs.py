@@ -6,12 +6,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import astuple, replace
 
-from torch import fx
+from torch import Tensor, fx
 
 from ...compiler.cost import Work, count_work
 from ...compiler.feedback_size import jacobian_shapes
 from ...compiler.program import CompiledModel
-from ..plan import Action, Error, Forward, Gradient, Learn, Perturb
+from ...passes.graph import Role, placeholders
+from ..plan import Action, Error, Forward, Gradient, Learn, Perturb, Update
 from .tasks import Task
 from .timeline import Timeline
 
@@ -30,6 +31,10 @@ LEARN_OPERATIONS = 20
 """Operations of a learning step at one noise point."""
 LEARN_PASSES = 8
 """How often a learning step reads or writes the noise of a point."""
+UPDATE_OPERATIONS = 15
+"""Operations of Adam's update of a parameter."""
+UPDATE_PASSES = 20
+"""How often it reads or writes something of the parameter's size."""
 
 
 def estimated_costs(compiled: CompiledModel, tasks: Sequence[Task], samples: int) -> list[float]:
@@ -53,6 +58,10 @@ def _seconds(work: Work) -> float:
     return begun + work.flops / FLOPS_PER_SECOND + work.bytes / BYTES_PER_SECOND
 
 
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 class _Counter:
     """The work of actions; that of a graph is counted once."""
 
@@ -60,6 +69,10 @@ class _Counter:
         self.compiled, self.samples = compiled, samples
         self.probed = compiled.estimator.num_probed(samples)
         self.gradients = {gradient.site.index: gradient for gradient in compiled.gradients}
+        self.sizes = {
+            node.meta["target"]: _bytes(node.meta["val"])
+            for node in placeholders(compiled.captured.module, Role.PARAMETER)
+        }
         self.counted: dict[tuple[fx.GraphModule, int, int], Work] = {}
 
     def work(self, action: Action) -> Work:
@@ -76,6 +89,8 @@ class _Counter:
                 return self._learn(compiled.estimator.draws(compiled.runs[run].copies))
             case Gradient(site, chunk):
                 return self._gradient(site, chunk)
+            case Update(parameter):
+                return Work(0, UPDATE_PASSES * self.sizes[parameter], UPDATE_OPERATIONS)
 
     def _gradient(self, site: int, chunk: int | None) -> Work:
         gradient, estimator = self.gradients[site], self.compiled.estimator

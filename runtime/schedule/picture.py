@@ -16,6 +16,7 @@ COLOURS = {
     "gradient": ("#e1bee7", "#7b1fa2"),
     "perturbed run": ("#ffe0b2", "#ef6c00"),
     "feedback learns": ("#c8e6c9", "#2e7d32"),
+    "update": ("#ffcdd2", "#c62828"),
     "other": ("#ffffff", "#90a4ae"),
 }
 """Kind of task (`timeline.KINDS`) to fill and border, as in drawings of graphs."""

@@ -4,13 +4,14 @@ A layer's update needs that layer's gradient alone, and the next forward of the 
 next step can follow the gradients through the network with no stale weight. How early an update may begin is a rule:
 
 =============  ========================================================================================================
-``barrier``    when the step is done; the next step begins when all updates are (what `Trainer` does)
+``barrier``    when the step is done; the next step begins when all updates are
 ``chase``      when the step is done and all its gradients were found finite; the next forward follows the updates
 ``at once``    when the gradients of its parameter are complete and nothing in the step reads the weight any more
 =============  ========================================================================================================
 
-Only the first two leave all weights as they were when a step fails: a NaN in the last gradient of a step is found after
-the first weights have moved, which ``at once`` could only undo with a copy of weights and optimizer state.
+`Trainer` does the first with one worker and the second with several (``Trainer.pipeline`` says which). Only these leave
+all weights as they were when a step fails: a NaN in the last gradient of a step is found after the first weights have
+moved, which ``at once`` could only undo with a copy of weights and optimizer state.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...compiler.program import CompiledModel, input_keys
-from ..plan import Forward, Gradient, Learn, keys_read
+from ...compiler.program import CompiledModel
+from ..plan import Forward, Gradient, Learn, keys_read, parameters_in_order
 from .bounds import simulate
 from .tasks import Task
 
@@ -78,13 +79,6 @@ def make_pipeline(compiled: CompiledModel, tasks: Sequence[Task], rule: str, ste
             needed = range(len(tasks)) if rule != "at once" else gradients[name] | _readers(reads, name)
             found.append(PipelineTask(f"U:{name}@{step}", tuple(sorted(here + each for each in needed))))
     return tuple(found)
-
-
-def parameters_in_order(compiled: CompiledModel) -> tuple[str, ...]:
-    """The trained parameters, in the order in which the forward reads them."""
-    trained = {name for gradient in compiled.gradients for name in gradient.site.parameters}
-    keys = dict.fromkeys(key.removeprefix("parameter:") for stage in compiled.stages for key in input_keys(stage))
-    return tuple(name for name in keys if name in trained)
 
 
 def seconds_a_step(

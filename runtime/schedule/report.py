@@ -20,7 +20,7 @@ from torch import nn
 from ...compiler.program import CompiledModel
 from ..execution.threads import ThreadedExecutor, intra_op_threads
 from ..loss import Loss
-from ..plan import Action, Error, Forward, Gradient, Learn, Perturb
+from ..plan import Action, Error, Forward, Gradient, Learn, Perturb, Update
 from ..program import Program
 from .bounds import critical_path, lower_bound, simulate
 from .costs import estimated_costs, measured_costs
@@ -230,3 +230,5 @@ def _describe(compiled: CompiledModel, action: Action) -> str:
             return f"learns from {compiled.runs[run].name}"
         case Gradient(site, _):
             return f"gradient of {compiled.sites[site].name}"
+        case Update(parameter):
+            return f"update of {parameter}"

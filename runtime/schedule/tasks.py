@@ -3,6 +3,8 @@
 A plan is one order in which a step can run; here are all of them. An action waits for whatever computes what it reads,
 and besides, so that every order gives the same bits and bounded memory:
 
+- where the step begins with the updates after the one before, whatever reads a parameter waits for its update, and the
+  losses for all of them: the user's may read any weight;
 - gradients of the same parameter are summed in the plan's order;
 - corrections that are shrunk learn their α one after the other, in the plan's order;
 - a perturbed run waits for the clean losses (which have to be finite), and for the run `in_flight` before it with the
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 import networkx
 
 from ...compiler.program import CompiledModel, GradientSubgraph, input_keys, output_keys
-from ..plan import Action, Error, Forward, Gradient, Learn, Perturb
+from ..plan import Action, Error, Forward, Gradient, Learn, Perturb, Update
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ def make_tasks(compiled: CompiledModel, plan: Sequence[Action], *, in_flight: in
     for position, action in enumerate(plan):
         if isinstance(action, Forward):
             written |= dict.fromkeys(output_keys(compiled.stages[action.stage]), position)
+        elif isinstance(action, Update):
+            written[f"parameter:{action.parameter}"] = position
     runs = [action for action in plan if isinstance(action, Perturb)]
     tasks: list[Task] = []
     summed: dict[str, int] = {}  # by parameter, the last gradient that was added
@@ -53,7 +57,8 @@ def make_tasks(compiled: CompiledModel, plan: Sequence[Action], *, in_flight: in
             case Forward(stage):
                 after |= _writers(input_keys(compiled.stages[stage]), written)
             case Error():
-                after |= {where for where, other in enumerate(plan) if isinstance(other, Forward)}  # outputs, buffers
+                before = (Forward, Update)  # outputs, buffers, and weights that the loss may read
+                after |= {where for where, other in enumerate(plan) if isinstance(other, before)}
             case Perturb(run, _, _):
                 after |= _writers(input_keys(compiled.runs[run].module), written) | {at[Error()]}
                 number = runs.index(action) - in_flight
@@ -85,7 +90,7 @@ def dependencies(tasks: Sequence[Task]) -> networkx.DiGraph:
 
 
 def _writers(keys: Iterable[str], written: dict[str, int]) -> set[int]:
-    """Who computes the values and captures among `keys`; the rest is there before the step."""
+    """Who computes the values, captures and weights among `keys`; the rest is there before the step."""
     return {written[key] for key in keys if key in written}
 
 

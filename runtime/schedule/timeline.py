@@ -19,6 +19,7 @@ KINDS = {
     "P": "perturbed run",
     "L": "feedback learns",
     "G": "gradient",
+    "U": "update",
 }
 """What an action does, by the first letter of its name."""
 
@@ -28,7 +29,7 @@ class Span:
     """One task of a step."""
 
     name: str
-    """The action, as in the plan: ``"F0"``, ``"P0.1"``, ``"G2"``."""
+    """The action, as in the plan: ``"F0"``, ``"P0.1"``, ``"G2"``, ``"U:fc.weight"``."""
     worker: int
     start: float
     """Seconds from the step's start."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+
+from ..execution.step import Updates
 
 
 class CheckpointedProgram(Protocol):
@@ -40,4 +42,22 @@ class TrainableProgram(CheckpointedProgram, Protocol):
 
     def trust(self) -> dict[str, float]:
         """The share of its step that each parameter named takes; parameters not named take all of it."""
+        ...
+
+
+@runtime_checkable
+class ChasingProgram(TrainableProgram, Protocol):
+    """A program whose step can begin with the optimizer's updates after the step before."""
+
+    def step(self, inputs: Any, target: Any, /, *, updates: Updates | None = None) -> Tensor:
+        """As ever, on the updated weights; when it returns or raises, all updates are done."""
+        ...
+
+    def waits(self, *, perturbed: bool | None = None) -> str:
+        """Why a step with or without a perturbed run (None: the next) waits for all updates before its tasks; "" if it
+        does not."""
+        ...
+
+    def measures(self, *, perturbed: bool) -> bool:
+        """Whether that is still being measured."""
         ...

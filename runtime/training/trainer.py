@@ -18,6 +18,14 @@ Batches that were done before the checkpoint are skipped, without loading them w
 **Ctrl-C** (or SIGTERM) once: the step in progress is finished, a checkpoint is written, and `fit` *returns* its history
 with ``interrupted=True``, as Keras and Lightning users expect of an early stop; no exception is raised. A second one
 raises `KeyboardInterrupt` at once. From other threads, call `Trainer.stop`.
+
+**Pipeline.** With several workers or streams the optimizer's updates after a step become tasks of the next one, whose
+forward *chases* them: a stage waits for the updates of the weights that it reads, and for no other. No weight is stale,
+the bits are those of ``optimizer.step()``, and a step that fails leaves weights and optimizer as after the step before.
+All updates are done before the trainer tests, writes a checkpoint, steps a scheduler after an epoch, returns or raises.
+What reads weights on its own between two steps, a data set or a loader for one, sees them before the last update. One
+worker, an optimizer that may couple parameters, step hooks (where gradients are clipped), or a way that measures slower
+is a barrier: the whole step at once, as in a loop by hand. `Trainer.pipeline` says which, and why.
 """
 
 from __future__ import annotations
@@ -41,11 +49,12 @@ from .data_order import count_batches, generators_of, start_epoch
 from .evaluation import METRICS, Metric, accuracy, evaluate
 from .history import EpochRecord, History, Position
 from .metrics import JsonLines, ProgressBar, Sink, TensorBoard, require_tensorboard
+from .pipeline import Pipeline
 from .random_state import capture_rng, restore_rng
 from .run_state import capture, restore
 from .stop_request import StopRequest
 from .trainable import TrainableProgram
-from .update import check_optimizer, check_weights, update
+from .update import check_optimizer, check_weights
 
 
 class _StoppedError(Exception):
@@ -53,7 +62,7 @@ class _StoppedError(Exception):
 
 
 class Trainer:
-    """Trains a compiled program: epochs, validation, checkpoints, exact resume, metrics, Ctrl-C.
+    """Trains a compiled program: epochs, validation, checkpoints, exact resume, metrics, Ctrl-C, pipelined steps.
 
     Args:
         program: what ``onward.compile`` returned. Its model is trained in place; the trainer does not touch the
@@ -116,8 +125,16 @@ class Trainer:
         self.tensorboard = tensorboard
         self.progress = progress
         self._stop = StopRequest()
+        self._pipeline = Pipeline(program, optimizer)
 
     # --- the public face ----------------------------------------------------------------------------------------------
+
+    @property
+    def pipeline(self) -> str:
+        """How steps follow each other: "chase", or "barrier" and why all updates of the weights come before the next
+        step (see the module's docstring); of both where steps with and without a perturbed run differ. The first steps
+        measure which of them is faster."""
+        return self._pipeline.describe()
 
     def fit(
         self,
@@ -158,6 +175,7 @@ class Trainer:
         self._stop.made = False
         with ExitStack() as stack:
             stack.enter_context(self._stop.on_signals())
+            stack.callback(self._pipeline.finish)
             position = self._begin(loader, resume)
             sinks = self._open_sinks(stack, position)
             for group in self.optimizer.param_groups:
@@ -191,6 +209,7 @@ class Trainer:
             found = newest
         else:
             raise CheckpointError(f"there is no checkpoint in {self.directory}")
+        self._pipeline.finish()
         restore(found, self.program, self.optimizer, self.scheduler)
         return found.step
 
@@ -262,6 +281,7 @@ class Trainer:
         if position.batch == 0:
             raise DataError(f"the loader gave no batch in epoch {position.epoch + 1}")
 
+        self._pipeline.finish()
         check_weights(self.program.model)
         values: dict[str, float] = {}
         if validation is not None:
@@ -304,8 +324,8 @@ class Trainer:
                 f"the metric 'accuracy' needs whole class numbers as target, not {target.dtype}: "
                 "pass metrics=None or metrics={name: function}"
             )
-        loss = float(self.program.step(inputs, target))
-        update(self.program, self.optimizer)
+        loss = float(self._pipeline.step(inputs, target))
+        self._pipeline.update()
         lr = self._learning_rates()
         if self.scheduler is not None and self.scheduler_step == "batch":
             self.scheduler.step()
@@ -342,6 +362,8 @@ class Trainer:
     def _evaluate(self, loader: Iterable[Any], *, stoppable: bool) -> dict[str, float]:
         """As `evaluate`; raises `_StoppedError` if `stoppable` and stopped."""
 
+        self._pipeline.finish()
+
         def batches() -> Iterator[tuple[Any, Any]]:
             for batch in loader:
                 if stoppable and self._stop.made:
@@ -362,6 +384,7 @@ class Trainer:
         """Write a checkpoint, if the run has a directory."""
         if self.directory is None:
             return
+        self._pipeline.finish()
         check_weights(self.program.model)
         for sink in sinks:
             sink.flush()  # a checkpoint never knows steps that the metrics lack

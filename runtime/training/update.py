@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -35,15 +37,19 @@ def update(program: TrainableProgram, optimizer: torch.optim.Optimizer) -> None:
     parameters holds a NaN or an infinity.
     """
     model = program.model
-    _check_gradients(model, optimizer)
-    doubted = {name: trust for name, trust in program.trust().items() if trust < 1}
-    before = {name: model.get_parameter(name).detach().clone() for name in doubted}
-    optimizer.step()
-    with torch.no_grad():
-        for name, trust in doubted.items():
-            weight = model.get_parameter(name)
-            weight.copy_(torch.lerp(before[name], weight, trust))
+    check_gradients(model, optimizer)
+    doubted = [(model.get_parameter(name), trust) for name, trust in program.trust().items() if trust < 1]
+    scaled(optimizer.step, doubted)
     optimizer.zero_grad(set_to_none=True)
+
+
+def scaled(step: Callable[[], object], doubted: Sequence[tuple[Tensor, float]]) -> None:
+    """Take an optimizer's step, of which the parameters in `doubted` keep their shares."""
+    before = [weight.detach().clone() for weight, _ in doubted]
+    step()
+    with torch.no_grad():
+        for (weight, trust), old in zip(doubted, before, strict=True):
+            weight.copy_(torch.lerp(old, weight, trust))
 
 
 def check_weights(model: nn.Module) -> None:
@@ -56,7 +62,8 @@ def check_weights(model: nn.Module) -> None:
         )
 
 
-def _check_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def check_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise `NonFiniteGradientError`, all gradients cleared, unless those of the optimizer's parameters are finite."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if all_finite(*gradients):
         return
