@@ -76,6 +76,7 @@ def vgg8() -> nn.Module:
 
 CASES: dict[str, Case] = {
     "12 small layers": Case(deep_mlp(64), learned(copies=2)),
+    "12 small layers, layerwise": Case(deep_mlp(64), lambda: LikelihoodRatio(copies=16)),
     "12 middling layers": Case(deep_mlp(256), learned(copies=2)),
     "12 large layers": Case(deep_mlp(512), learned(copies=2), batch=256),
     "resnet5, auto": Case(resnet5, LikelihoodRatio.auto, batch=32),

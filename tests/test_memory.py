@@ -40,6 +40,13 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")  # sums of several threads take buffers of their own
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_objects() -> None:
+    """Measuring collects garbage first, which takes seconds a time when earlier tests have left a million objects."""
+    gc.collect()
+    gc.freeze()
+
+
 def peak_of_tensors(run: Callable[[], object]) -> int:
     """Bytes that torch's allocator gave out at most, beyond what was out before: exact, whatever runs beside."""
     gc.collect()
