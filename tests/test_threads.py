@@ -205,6 +205,24 @@ def test_the_fastest_way_is_kept(among: tuple[Way, ...]) -> None:
         assert trial.next() is fastest
 
 
+@pytest.mark.parametrize(
+    ("seconds", "kept"),
+    [
+        ((1.0, 0.96, 0.96), 0),
+        ((1.0, 0.94, 0.91), 1),
+        ((1.0, 0.94, 0.88), 2),
+        ((1.0, 0.97, 0.94), 2),
+        ((1.0, 2.0, 3.0), 0),
+    ],
+)
+def test_a_way_that_is_hardly_faster_than_a_simpler_one_is_not_kept(seconds: tuple[float, ...], kept: int) -> None:
+    trial = Trial(tuple(Way))
+    while trial.choice is None:
+        way = trial.next()
+        trial.tell(way, seconds[trial.ways.index(way)])
+    assert trial.choice is tuple(Way)[kept]
+
+
 def test_a_program_decides_after_its_first_steps_without_changing_a_bit() -> None:
     case = "layerwise"  # all its steps are of one kind
     serial, program = pair(case)

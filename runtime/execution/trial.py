@@ -22,8 +22,14 @@ WARM_UP = 4
 """The first of them, which tell what the tasks cost and not which way is faster."""
 
 
+GAIN = 0.95
+"""What a way has to need at most of the time of a simpler one: single steps scatter by as much."""
+
+
 class Trial:
-    """The seconds of steps of a kind, run each way in turn until the fastest is known; of equal ones the first.
+    """The seconds of steps of a kind, run each way in turn until the fastest is known.
+
+    The ways are from the simplest on; a later one has to be faster by `GAIN` than what was chosen of those before.
 
     Attributes:
         choice: the fastest way, once it is known.
@@ -42,4 +48,8 @@ class Trial:
         """How long a step took that was run this way."""
         self.seconds[way].append(seconds)
         if min(map(len, self.seconds.values())) >= TRIALS:
-            self.choice = min(self.ways, key=lambda way: statistics.median(self.seconds[way][WARM_UP:]))
+            medians = {way: statistics.median(self.seconds[way][WARM_UP:]) for way in self.ways}
+            self.choice = self.ways[0]
+            for way in self.ways[1:]:
+                if medians[way] < GAIN * medians[self.choice]:
+                    self.choice = way
