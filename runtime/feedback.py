@@ -10,22 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..compiler.program import CompiledModel
-from ..passes import ops
 from ..passes.errors import CheckpointError
 from ..passes.find_sites import Site
-from ..passes.graph import Layout
 from ..passes.separate_outputs import error_like
 from .basis import Basis, empty_basis
-from .noise import cpu_kernels, kernels
-
-_perturb: Any = cpu_kernels.BINDINGS.get(ops.perturb, ops.perturb)
+from .noise import kernels
+from .noise.rows import NoiseRows, Probe, amplitudes_of, product_of_rows
 
 SLOW_STEP = 0.05
 """Lower bound of the schedule 1/step of the learning step, before the stable bound."""
@@ -170,21 +166,6 @@ class FeedbackState:
         known = [self.slopes.get(site, (0.0, 0.0)) for site in sites]
         own, predicted = sum(slope[0] for slope in known), sum(slope[1] for slope in known)
         return self.overshoot * min(1.0, max(0.0, own / predicted)) if predicted > 0 else self.overshoot
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What a perturbed run showed: enough to learn from, noise excepted, which is regenerated.
-
-    `response` is half the difference of the two twins' outputs, ``(draws, samples, outputs)``; `error` the loss's
-    gradient at the clean output, ``(samples, outputs)``; `alive` the noise points' masks, of `samples` samples.
-    """
-
-    response: Tensor
-    error: Tensor
-    alive: dict[int, Tensor | None]
-    draws: Tensor
-    key: Tensor
 
 
 def probe_interval(every: int | str, state: FeedbackState) -> int:
@@ -343,60 +324,12 @@ def steps_of_outputs(
     return (count / (count + coordinates)).clamp_max(wanted)
 
 
-@dataclass(frozen=True)
-class NoiseRows:
-    """Every draw's and sample's noise times the `amplitudes`, ``(draws * samples, blocks)``: a factor of products."""
-
-    site: Site
-    probe: Probe
-    noise: str
-    amplitudes: Tensor
-
-    @property
-    def alive(self) -> Tensor | None:
-        return None if self.site.blocks else self.probe.alive.get(self.site.index)
-
-    @cached_property
-    def values(self) -> Tensor:
-        site, probe, layout, samples = self.site, self.probe, self.site.grid, self.amplitudes.shape[0]
-        shape = list(layout.sizes)
-        shape[layout.dim] *= samples
-        zeros = probe.response.new_zeros(shape)
-        ones = zeros.new_ones(site.index + 1)
-        where = (list(layout.sizes), layout.dim, layout.outer, False)
-        values = _perturb(zeros, probe.draws, probe.key, ones, site.index, self.noise, *where, self.alive)
-        rows = to_rows(values, layout, samples * len(probe.draws))
-        if site.blocks:
-            rows = (rows.view(len(probe.draws), samples, -1) * self.amplitudes).view_as(rows)
-        return rows
-
-
 def noise_product(right: Tensor, rows: NoiseRows, transposed: bool = False) -> Tensor:
     """``rows @ right``, or `transposed` ``rows.T @ right``: on a GPU by a kernel where one fits."""
     if kernels.serves(right.device):
         product: Tensor = kernels.call("noise_product", right, rows, transposed, rows.alive)
         return product
     return product_of_rows(right, rows, transposed, rows.alive)
-
-
-def product_of_rows(right: Tensor, rows: NoiseRows, transposed: bool, alive: Tensor | None) -> Tensor:
-    """The definition of `noise_product`: the rows are stored, once for both products. `alive` is that of the rows."""
-    return (rows.values.T if transposed else rows.values) @ right
-
-
-def amplitudes_of(site: Site, probe: Probe) -> Tensor:
-    """How many coordinates of every sample's blocks received noise, ``(samples, blocks)``."""
-    samples, layout, coarse = probe.response.shape[1], site.layout, site.grid
-    mask = probe.alive.get(site.index)
-    if site.blocks:
-        shape = list(coarse.sizes)
-        shape[coarse.dim] *= samples
-        like = probe.response.new_empty(shape)
-        where = (list(layout.sizes), layout.dim, layout.outer, list(site.blocks))
-        return to_rows(ops.count_blocks(like, mask, *where), coarse, samples)
-    if mask is None:
-        return probe.response.new_ones(()).expand(samples, layout.elements)
-    return to_rows(mask, layout, samples).to(probe.response.dtype)
 
 
 def sample_weights(squares: Tensor, means: Tensor, coordinates: int | Tensor) -> Tensor:
@@ -412,13 +345,3 @@ def _check_shape(what: str, saved: Tensor, mine: Tensor, axes: str) -> None:
             f"{what} was learned for {tuple(saved.shape)} {axes}; this model has {tuple(mine.shape)} there. Feedback "
             "cannot move to a changed model, to other blocks or to another rank."
         )
-
-
-def to_rows(value: Tensor, layout: Layout, rows: int) -> Tensor:
-    """A tensor of this layout as ``(rows, elements a sample)``."""
-    if layout.dim == 0 and layout.outer == 1:
-        return value.reshape(rows, -1)
-    inner = layout.sizes[layout.dim] // layout.outer
-    before, after = value.shape[: layout.dim], value.shape[layout.dim + 1 :]
-    parts = value.reshape(*before, layout.outer, rows, inner, *after)
-    return parts.movedim(layout.dim + 1, 0).reshape(rows, -1)

@@ -31,7 +31,7 @@ from .linearity import measure
 from .loss import BatchLoss, Loss, SampleLoss
 from .memory.shortage import is_out_of_memory, suggest_chunk
 from .noise import levels as _levels  # noqa: F401
-from .noise import operators as _noise  # noqa: F401  (registers the kernels)
+from .noise import operators as _noise  # noqa: F401  (registers the operators)
 from .noise import packed_gradients as _packed_gradients  # noqa: F401
 from .noise import packing as _packing  # noqa: F401
 from .noise import weights as _weight_noise  # noqa: F401

@@ -31,10 +31,10 @@ from onward.compiler.driver import compile_model
 from onward.compiler.program import CompiledModel
 from onward.passes import ops
 from onward.passes.graph import Layout
-from onward.runtime.feedback import NoiseRows, Probe
 from onward.runtime.noise import kernels, packing
 from onward.runtime.noise.distributions import NOISES
 from onward.runtime.noise.kernels import proof
+from onward.runtime.noise.rows import NoiseRows, Probe
 
 SITE = 2
 KEY, SMALL_KEY = torch.tensor([-(2**40) - 17, 2**31 + 5]), torch.tensor([-3, 5])

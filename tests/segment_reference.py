@@ -17,7 +17,7 @@ import onward
 from onward.compiler.program import binding_key
 from onward.passes.find_sites import Site
 from onward.passes.graph import Kind, Role, outputs
-from onward.runtime.feedback import to_rows
+from onward.runtime.noise.rows import to_rows
 
 
 def graph_after(program: onward.Program, name: str) -> fx.GraphModule:

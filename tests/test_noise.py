@@ -20,6 +20,7 @@ from torch import Tensor
 
 from onward.passes import ops
 from onward.passes.errors import OptionError, UnknownNameError
+from onward.runtime.noise import packing as _packing  # noqa: F401  (registers its operators)
 from onward.runtime.noise import philox as philox_module
 from onward.runtime.noise import source as noise_source
 from onward.runtime.noise.distributions import MODEL_DISTRIBUTIONS, NOISES, UNIFORM, Distribution

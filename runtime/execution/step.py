@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 
 from ...compiler.program import GradientSubgraph
 from ...passes.errors import NonFiniteLossError
-from ..feedback import FeedbackState, Probe, learn
+from ..feedback import FeedbackState, learn
+from ..noise.rows import Probe
 from ..output_gradient import OutputGradient
 from ..plan import Action, Error, Forward, Gradient, Learn, Perturb, Update
 from .bindings import BoundGraph, Environment

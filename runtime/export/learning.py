@@ -20,14 +20,11 @@ from ..feedback import (
     SLOW_STEP,
     TRUST_MEMORY,
     FeedbackState,
-    NoiseRows,
-    Probe,
-    amplitudes_of,
-    product_of_rows,
     sample_weights,
     steps_of_outputs,
     within_reach,
 )
+from ..noise.rows import NoiseRows, Probe, amplitudes_of, product_of_rows
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from ...compiler.program import GradientSubgraph, PerturbedRun
 from ...compiler.to_onnx.trace import Like
 from ...passes.errors import ExportError
 from ...passes.separate_outputs import error_like, returned
-from ..feedback import Probe
 from ..loss import SampleLoss
+from ..noise.rows import Probe
 from ..plan import chunks
 from ..program import Program
 from ..traced_loss import LossInputs, NoDerivativeError, differentiate

@@ -22,7 +22,6 @@ from ...passes import graph
 from ...passes.errors import OptionError, unknown_name
 from ...passes.ops import clean_shape
 from ...passes.tie_blocks import grid
-from . import cpu_kernels as _compiled  # noqa: F401  (registers what Numba compiles)
 from . import source as noise_source
 from .blocks import spread
 from .distributions import MODEL_DISTRIBUTIONS, UNIFORM, noise_named

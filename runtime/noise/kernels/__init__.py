@@ -1,6 +1,6 @@
 """Triton kernels for the operators of noise and signs on a GPU, each beside the torch code that defines it.
 
-The definitions (`noise.operators`, `noise.packing`, `runtime.feedback`) write every number that they make to memory,
+The definitions (`noise.operators`, `noise.packing`, `noise.rows`) write every number that they make to memory,
 and the products and sums over it read it again. The kernels make the numbers in registers, where they are used.
 `table` lists them, `proof` compares each with its definition before it is trusted.
 

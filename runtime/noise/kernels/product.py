@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...feedback import NoiseRows
 from ..philox import Purpose
+from ..rows import NoiseRows
 from ..source import layout_of
 from .noise import MAX_ELEMENTS, key_words, words_on
 from .numbers import EXACT, word_at
@@ -93,7 +93,7 @@ def columns_of(right: Tensor, *_: object) -> int:
 
 
 def noise_product(right: Tensor, rows: NoiseRows, transposed: bool, alive: Tensor | None) -> Tensor:
-    """`runtime.feedback.product_of_rows`, in float32 and a fixed order."""
+    """`runtime.noise.rows.product_of_rows`, in float32 and a fixed order."""
     probe, site = rows.probe, rows.site
     samples, elements = probe.response.shape[1], site.layout.elements
     draws = probe.draws.tolist()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ... import feedback
 from .. import operators as definitions
-from .. import packed_gradients, packing
+from .. import packed_gradients, packing, rows
 from . import gradients, noise, product, signs
 from .proof import Kernel
 
@@ -55,7 +54,7 @@ _ROWS = (
     ),
     Kernel(
         "noise_product",
-        feedback.product_of_rows,
+        rows.product_of_rows,
         product.noise_product,
         product.product_fits,
         reference=product.reference_product,
