@@ -92,6 +92,12 @@ class Signature:
     """Whether the user's inputs are one sample without a batch dimension (`compiler.whole`): the described shapes have
     one in front, and a tensor that is no sample's but the graph's own stands for itself."""
 
+    @property
+    def device(self) -> torch.device:
+        """Of the first tensor among the inputs."""
+        device: torch.device = next(leaf[2] for leaf in self.leaves if isinstance(leaf, tuple))
+        return device
+
     def lead(self, leaves: list[Any]) -> list[Any]:
         """The user's leaves with the batch dimension that the graph has."""
         if not self.whole:

@@ -95,6 +95,6 @@ def compile(
     else:
         compiled = compile_model(model, example_inputs, estimator or LikelihoodRatio(), unbatched=unbatched)
     if memory is not None:
-        device = next(leaf[2] for leaf in compiled.captured.signature.leaves if isinstance(leaf, tuple))
-        compiled = within(compiled, parse_memory(memory, device), workers=max(workers, streams))
+        available = parse_memory(memory, compiled.captured.signature.device)
+        compiled = within(compiled, available, workers=max(workers, streams))
     return Program(model, compiled, loss, seed, workers=workers, streams=streams, cuda_graphs=cuda_graphs)

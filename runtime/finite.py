@@ -25,6 +25,14 @@ def all_finite(*tensors: Tensor) -> bool:
     return finite or all(bool(tensor.isfinite().all()) for tensor in dense)
 
 
+def alike(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether two floating-point tensors are the same to `tolerance`, relative to each element and to the largest
+    finite one: a sum in another order. NaN and infinities have to be the same."""
+    finite = expected[expected.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
 def _dense(tensor: Tensor) -> Tensor:
     """The elements as real numbers."""
     values = tensor.coalesce().values() if tensor.is_sparse else tensor

@@ -51,7 +51,7 @@ class BoundModel:
         learns = compiled.estimator.feedback == "learned"
         self.returned = [index for index, _ in returned(compiled.graph.graph)] if learns else []
         self.corrects = any(g.source == "corrected" for g in compiled.gradients)
-        self.device = next(leaf[2] for leaf in compiled.captured.signature.leaves if isinstance(leaf, tuple))
+        self.device = compiled.captured.signature.device
         with_kernels = kernels.serves(self.device)
         self.gradients = {
             g.site.index: (_bound_gradient(fuse_packed_gradients(g.module) if with_kernels else g.module), g)

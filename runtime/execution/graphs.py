@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 
 from ...compiler.program import CompiledModel
 from ..feedback import FeedbackState
+from ..finite import alike
 from ..plan import Action
 from ..traced_loss import TracedLoss
 from .bindings import Environment
@@ -241,10 +242,13 @@ def _fits(given: StepInput) -> bool:
     return learned and all(isinstance(leaf, Tensor) and leaf.device == given.device for leaf in leaves)
 
 
+_MODELS = ("parameter:", "buffer:")
+_GIVEN = (*_MODELS, "constant:", "input:")
+
+
 def _read(environment: Environment) -> Environment:
     """The tensors that a clean step may read, but for what was learned."""
-    kinds = ("parameter:", "buffer:", "constant:", "input:")
-    return {key: v for key, v in environment.items() if key.startswith(kinds) and isinstance(v, Tensor)}
+    return {key: v for key, v in environment.items() if key.startswith(_GIVEN) and isinstance(v, Tensor)}
 
 
 def _kind(given: StepInput) -> Any:
@@ -256,16 +260,16 @@ def _kind(given: StepInput) -> Any:
 
 def _stands(environment: Environment) -> dict[str, tuple[Any, ...]]:
     """Where the model's own tensors stand."""
-    held = {key: value for key, value in environment.items() if key.startswith(("parameter:", "buffer:"))}
-    return {key: (value.data_ptr(), value.shape, value.stride()) for key, value in held.items()}
+    held = ((key, value) for key, value in environment.items() if key.startswith(_MODELS))
+    return {key: (value.data_ptr(), value.shape, value.stride()) for key, value in held}
 
 
 def own_input(given: StepInput, feedback: FeedbackState | None) -> StepInput:
     """The input of a step with tensors of its own, but for the model's."""
     environment = {
-        key: value if key.startswith(("parameter:", "buffer:")) else _own(value)
+        key: value if key.startswith(_MODELS) else _own(value)
         for key, value in given.environment.items()
-        if key.startswith(("parameter:", "buffer:", "constant:", "input:", "runtime:"))
+        if key.startswith((*_GIVEN, "runtime:"))
     }
     target = pytree.tree_map(_own, given.target)
     return replace(given, environment=environment, target=target, feedback=feedback, loss=_no_loss)
@@ -316,12 +320,7 @@ def difference(found: StepResult, expected: StepResult) -> str:
     """The first of a step's tensors that differs, in words; nothing."""
     mine = _named(found)
     for name, other in _named(expected).items():
-        if not other.is_floating_point():
-            same = torch.equal(mine[name], other)
-        else:
-            finite = other[other.isfinite()]
-            scale = float(finite.abs().max()) if finite.numel() else 0.0
-            same = torch.allclose(mine[name], other, rtol=TOLERANCE, atol=TOLERANCE * scale, equal_nan=True)
-        if not same:
+        floating = other.is_floating_point()
+        if not (alike(mine[name], other, TOLERANCE) if floating else torch.equal(mine[name], other)):
             return name
     return ""

@@ -14,6 +14,7 @@ from ...passes.graph import Layout
 from . import cpu_kernels
 
 _perturb: Any = cpu_kernels.BINDINGS.get(ops.perturb, ops.perturb)
+_count_blocks: Any = cpu_kernels.BINDINGS.get(ops.count_blocks, ops.count_blocks)
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,7 @@ class NoiseRows:
     @cached_property
     def values(self) -> Tensor:
         site, probe, layout, samples = self.site, self.probe, self.site.grid, self.amplitudes.shape[0]
-        shape = list(layout.sizes)
-        shape[layout.dim] *= samples
-        zeros = probe.response.new_zeros(shape)
+        zeros = probe.response.new_zeros(ops.clean_shape(layout.sizes, layout.dim, samples))
         ones = zeros.new_ones(site.index + 1)
         where = (list(layout.sizes), layout.dim, layout.outer, False)
         values = _perturb(zeros, probe.draws, probe.key, ones, site.index, self.noise, *where, self.alive)
@@ -69,11 +68,9 @@ def amplitudes_of(site: Site, probe: Probe) -> Tensor:
     samples, layout, coarse = probe.response.shape[1], site.layout, site.grid
     mask = probe.alive.get(site.index)
     if site.blocks:
-        shape = list(coarse.sizes)
-        shape[coarse.dim] *= samples
-        like = probe.response.new_empty(shape)
+        like = probe.response.new_empty(ops.clean_shape(coarse.sizes, coarse.dim, samples))
         where = (list(layout.sizes), layout.dim, layout.outer, list(site.blocks))
-        return to_rows(ops.count_blocks(like, mask, *where), coarse, samples)
+        return to_rows(_count_blocks(like, mask, *where), coarse, samples)
     if mask is None:
         return probe.response.new_ones(()).expand(samples, layout.elements)
     return to_rows(mask, layout, samples).to(probe.response.dtype)
