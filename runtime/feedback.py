@@ -1,4 +1,4 @@
-"""Learned feedback: the mean Jacobian of the outputs at every noise point, learned from the perturbed runs.
+"""Learned feedback: the mean Jacobian of the outputs at every noise point, learned from perturbed runs (`learning`).
 
 method.md 12; it extends FDFA (Bacho & Chu, arXiv 2212.07282, after Lansdell, Prakash & Kording, ICLR 2020), learning
 from the joint residual of all noise points and on their alive coordinates only. Where noise is tied over blocks
@@ -8,7 +8,6 @@ outputs (`basis`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,24 +19,9 @@ from ..passes.errors import CheckpointError
 from ..passes.find_sites import Site
 from ..passes.separate_outputs import error_like
 from .basis import Basis, empty_basis
-from .noise import kernels
-from .noise.rows import NoiseRows, Probe, amplitudes_of, product_of_rows
-
-SLOW_STEP = 0.05
-"""Lower bound of the schedule 1/step of the learning step, before the stable bound."""
-
-EXPLAINED_MEMORY = 0.9
-"""Decay a learning step of the average behind ``probe_every="auto"``."""
 
 MAX_INTERVAL = 16
 """Most steps between perturbed runs, with ``probe_every="auto"``."""
-
-BASIS_PACE = 0.1
-"""Share of the learning step with which a step's errors count in the basis of the outputs: the directions have to stay
-for longer than it takes to learn what is new along them."""
-
-BROKEN = 4.0
-"""Energy of what predictions leave of the response, in units of the response's, above which they are scaled down."""
 
 TRUST_MEMORY = 0.95
 """Decay a step of the sums behind the trust."""
@@ -192,151 +176,6 @@ def initial_state(sites: list[Site], outputs: int, like: Tensor, rank: int | Non
     columns = outputs if rank is None else rank
     jacobians = {site.index: like.new_zeros(site.grid.elements, columns) for site in sites}
     return FeedbackState(jacobians, basis=None if rank is None else empty_basis(outputs, rank, like))
-
-
-def learn(
-    state: FeedbackState,
-    probe: Probe,
-    sites: list[Site],
-    sigmas: list[float],
-    noise: str,
-    reached: Mapping[int, Tensor] | None = None,
-) -> tuple[FeedbackState, Tensor]:
-    """One step of joint normalised least squares on what the current Jacobians leave unexplained.
-
-    What moves the outputs at a noise point is ``x = n ε``: ε a block's number, n how many of the block's coordinates
-    are alive in the sample (0 or 1 where nothing is tied). ``J_i += μ mean(x_i ⊗ (Δo − Σ_j J_jᵀ x_j)) / mean(n_i²)``
-    with ``μ = min(max(0.05, 1/step), N / (N + d))``: N samples x draws, d the blocks that received noise. Beyond the
-    second bound the iteration diverges. It also would where a sample is alive in many blocks that are dead in most
-    others: with ``T = Σ n² / mean(n²)`` over a sample's blocks (d on average) its residual counts ``w = min(1, d/T)``.
-
-    Then the expected square error ``Σ mean(n²) ‖J − J*‖²`` never grows for Rademacher noise. In units of
-    ``sqrt(mean(n²))`` the update's matrix is ``A = mean(w y yᵀ)`` with ``y = x / sqrt(mean(n²))``, ``|y|² = T`` and
-    ``E A = Λ = diag(mean(w y²)) ≤ 1``. Two samples' noise is independent, so ``E[A²] ≤ Λ² + mean(w² T y²) / N ≤
-    (1 + d / N) Λ``, and ``E[(1 − μ A)²] ≤ 1 − μ (2 − μ (1 + d / N)) Λ ≤ 1 − μ Λ``.
-
-    Predictions that are far worse than none (`BROKEN`: feedback of other weights, a Jacobian that was tampered with)
-    are first scaled down, all alike, to the least-squares fit of the response; trust goes down with them.
-
-    With `reached`, of one whole graph, a Jacobian stays zero where a row does not reach an output, whose step then is
-    that of the coordinates which do.
-
-    With a basis of the outputs, Δo and the error are taken along it; then it moves by this probe's error (`basis`).
-
-    Returns:
-        The new state, and the response of the loss that the old one predicted, ``(draws, samples)``.
-    """
-    if not state.steps:  # the first errors, along which nothing was learned yet
-        state = state.turned(probe.error, 1.0)
-    draws, samples, outputs = probe.response.shape
-    count = draws * samples
-    seen = probe.response.reshape(count, outputs)
-    error, observed = state.projected(probe.error).repeat(draws, 1), state.projected(seen)
-    amplitudes = [amplitudes_of(site, probe) for site in sites]
-    rows = [NoiseRows(site, probe, noise, each) for site, each in zip(sites, amplitudes, strict=True)]
-    predicted = observed.new_empty(len(sites), *observed.shape)
-    for site, each, place in zip(sites, rows, predicted, strict=True):
-        torch.mul(noise_product(state.jacobians[site.index], each), sigmas[site.index], out=place)
-    total = predicted.sum(0)
-    residual = observed - total
-    spread, left = torch.stack([observed.square().sum(), residual.square().sum()]).tolist()
-    scale_of_all = 1.0
-    if left > BROKEN * spread:  # not yet learned wrong, but broken: what was learned belongs to other weights
-        scale_of_all = min(1.0, max(0.0, float((observed * total).sum()) / float(total.square().sum())))
-        state = replace(state, jacobians={index: j * scale_of_all for index, j in state.jacobians.items()})
-        predicted *= scale_of_all
-        residual = observed - scale_of_all * total
-    squares = torch.cat(amplitudes, 1).square_()
-    means = squares.mean(0)
-    coordinates = int((means > 0).sum())
-    wanted = max(SLOW_STEP, 1.0 / (state.steps + 1))
-    step = min(wanted, count / (count + coordinates))
-    along_residual = (residual * error).sum(1)
-    if state.basis is not None:  # what the loss feels of the response beside the basis
-        along_residual += (seen * probe.error.repeat(draws, 1)).sum(1) - (observed * error).sum(1)
-    weighted = residual * sample_weights(squares, means, coordinates).repeat(draws)[:, None]
-    scales = means.clamp_min(1.0 / count).reciprocal_()[:, None].split([site.grid.elements for site in sites])
-    faster = steps_of_outputs(means, sites, reached, outputs, wanted, count) / step if reached else None
-    jacobians = {}
-    for site, each, scale in zip(sites, rows, scales, strict=True):
-        before, change = state.jacobians[site.index], noise_product(weighted, each, transposed=True)
-        size = step / sigmas[site.index] / count
-        if faster is None or not reached:
-            jacobians[site.index] = torch.addcmul(before, change, scale, value=size)
-        else:
-            change = within_reach(change * (scale * size), reached.get(site.index))
-            jacobians[site.index] = torch.addcmul(before, change, faster)
-    along = predicted.mul_(error).sum(2)
-    sums = torch.stack([(along * (along_residual + along)).sum(1), along.square().sum(1)], 1).tolist()
-    slopes = {
-        site.index: (TRUST_MEMORY * own + new_own, TRUST_MEMORY * square + new_square)
-        for site, (own, square), (new_own, new_square) in zip(
-            sites, (state.slopes.get(site.index, (0.0, 0.0)) for site in sites), sums, strict=True
-        )
-    }
-    explained = 1.0 - left / spread if spread > 0 else 0.0
-    average = (
-        (1 - EXPLAINED_MEMORY) * max(-1.0, explained) + EXPLAINED_MEMORY * state.explained_mean
-        if state.steps
-        else max(-1.0, explained)
-    )
-    learned = replace(
-        state,
-        jacobians=jacobians,
-        steps=state.steps + 1,
-        slopes=slopes,
-        explained=explained,
-        explained_mean=average,
-        overshoot=scale_of_all,
-    )
-    response = (total * error).sum(1).reshape(draws, samples)
-    every = 1 if state.basis is None else state.basis.interval
-    moves = state.steps > 0 and state.steps % every == 0
-    return (learned.turned(probe.error, 1 - (1 - BASIS_PACE * step) ** every) if moves else learned), response
-
-
-def within_reach(jacobian: Tensor, reach: Tensor | None) -> Tensor:
-    """A Jacobian with zeros where a row of the graph does not reach a node's output (`compiler.node_reach`)."""
-    if reach is None:
-        return jacobian
-    rows, nodes = reach.shape
-    return (jacobian.reshape(rows, -1, nodes, jacobian.shape[1] // nodes) * reach[:, None, :, None]).view_as(jacobian)
-
-
-def steps_of_outputs(
-    means: Tensor,
-    sites: Sequence[Site],
-    reached: Mapping[int, Tensor],
-    outputs: int,
-    wanted: float | Tensor,
-    count: int,
-) -> Tensor:
-    """The learning step of each output, ``(outputs,)``: its Jacobian has only the coordinates that reach it, so that
-    d of the bound ``N / (N + d)`` is the number of those. `means` is of the sites' blocks, one site after the other."""
-    coordinates = means.new_zeros(outputs)
-    for site, mean in zip(sites, means.split([site.grid.elements for site in sites]), strict=True):
-        alive, reach = mean > 0, reached.get(site.index)
-        if reach is None:
-            coordinates += alive.sum()
-        else:
-            rows = alive.reshape(len(reach), -1).sum(1).to(coordinates)
-            coordinates += (rows @ reach.to(coordinates)).repeat_interleave(outputs // reach.shape[1])
-    return (count / (count + coordinates)).clamp_max(wanted)
-
-
-def noise_product(right: Tensor, rows: NoiseRows, transposed: bool = False) -> Tensor:
-    """``rows @ right``, or `transposed` ``rows.T @ right``: on a GPU by a kernel where one fits."""
-    if kernels.serves(right.device):
-        product: Tensor = kernels.call("noise_product", right, rows, transposed, rows.alive)
-        return product
-    return product_of_rows(right, rows, transposed, rows.alive)
-
-
-def sample_weights(squares: Tensor, means: Tensor, coordinates: int | Tensor) -> Tensor:
-    """``min(1, d / T)`` of every sample (see `learn`), ``(samples,)``, from the squares ``(samples, blocks)`` of the
-    amplitudes at all noise points, and their means over the samples."""
-    total = squares @ means.clamp_min(1 / squares.shape[0]).reciprocal()
-    return (coordinates / total.clamp_min(1)).clamp_max(1)
 
 
 def _check_shape(what: str, saved: Tensor, mine: Tensor, axes: str) -> None:

@@ -90,7 +90,7 @@ class OutputGradient:
         error = rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, 1)  # however an output lies
         return losses, error / len(losses)
 
-    def answers(self, traced: TracedLoss) -> bool:
+    def answers(self, traced: TracedLoss | None) -> bool:
         """Whether a graph that answered a call will answer the next of its kind alone, so that whoever has captured it
         may replay it instead (`answered`): not once it was dropped, nor where the loss's code is due to be compared."""
         known = any(traced is each for several in self._known.values() for _, each in several)

@@ -327,6 +327,7 @@ class Program:
             samples,
             device,
             target,
+            self.loss_of,
             self.feedback,
             self._output_gradient,
             self._perturbs(),
@@ -339,7 +340,7 @@ class Program:
         if self.compiled.estimator.sampling == "all":
             return given, None
         clean = self.executor.run_clean(given)
-        return sampled(given, clean.error, self.compiled.captured.signature, self.loss_of), clean.result
+        return sampled(given, clean.error, self.compiled.captured.signature), clean.result
 
     def _measure_sigmas(self, given: StepInput) -> tuple[float, int]:
         """Take σ from the batch at hand; the perturbed forwards a sample that it took, and the step to do so again."""
@@ -363,9 +364,11 @@ class Program:
             environment[f"constant:{name}"] = value.to(device) if isinstance(value, Tensor) else value
         for index, leaf in enumerate(leaves):
             environment[f"input:{index}"] = leaf
-        environment["runtime:key"] = torch.tensor([self.seed, self.step_count], dtype=torch.int64)  # read on the host
-        sigmas = torch.tensor(self.sigmas, dtype=torch.float64)
-        environment["runtime:sigmas"] = sigmas.to(device, non_blocking=True)
+        own = {
+            "runtime:key": torch.tensor([self.seed, self.step_count], dtype=torch.int64),
+            "runtime:sigmas": torch.tensor(self.sigmas, dtype=torch.float64),
+        }
+        environment.update((key, value.to(device, non_blocking=True)) for key, value in own.items())
         return environment
 
     def loss_of(self, target: Any, device: torch.device) -> Any:

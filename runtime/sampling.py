@@ -14,7 +14,6 @@ has its own probability.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,15 +76,15 @@ def draw(probabilities: Tensor, key: Tensor) -> Tensor:
     return rows
 
 
-def sampled(given: StepInput, error: Tensor, signature: Signature, loss_of: Any) -> StepInput:
+def sampled(given: StepInput, error: Tensor, signature: Signature) -> StepInput:
     """`given` for the drawn samples alone, weighted so that a step on it estimates the gradient over the whole batch.
 
     Args:
         given: a step's input of N samples.
         error: of its clean run, ``(N, outputs)``.
         signature: of the model's inputs.
-        loss_of: ``(target, device) -> loss`` as `StepInput.loss`.
     """
+    assert given.loss_of is not None
     probabilities = inclusion(error)
     rows = draw(probabilities, given.environment["runtime:key"])
     if not len(rows):  # the sum of the probabilities is at least 1 up to rounding
@@ -100,7 +99,7 @@ def sampled(given: StepInput, error: Tensor, signature: Signature, loss_of: Any)
     return replace(
         given,
         environment=environment,
-        loss=loss_of(target, given.device),
+        loss=given.loss_of(target, given.device),
         samples=len(rows),
         target=target,
         output_gradient=None,

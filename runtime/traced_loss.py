@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,12 +78,13 @@ class TracedLoss:
     def of(cls, graph: fx.GraphModule) -> TracedLoss:
         """That of `trace_loss`."""
         operations = [node for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-        written = {_root(value).op for node in operations for value in _written(node)}
+        calls = [written(node.target, node.args, node.kwargs) for node in operations]
+        changed = {_root(value).op for call in calls for value in call if isinstance(value, fx.Node)}
         return cls(
             with_bindings(graph).forward,
             any(torch.Tag.nondeterministic_seeded in node.target.tags for node in operations),
-            "get_attr" in written,
-            "placeholder" in written,
+            "get_attr" in changed,
+            "placeholder" in changed,
             tuple(getattr(graph, node.target) for node in graph.graph.nodes if node.op == "get_attr"),
         )
 
@@ -92,12 +93,12 @@ class TracedLoss:
         return self.forward(*(tensor.clone() for tensor in tensors) if self.writes else tensors)
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
-    """The values that an operation writes into."""
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
-    given = [*zip(arguments, node.args, strict=False), *((a, node.kwargs.get(a.name)) for a in arguments)]
+def written(operator: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """What a call of an operator writes into."""
+    arguments = operator._schema.arguments
+    given = [*zip(arguments, args, strict=False), *((a, kwargs.get(a.name)) for a in arguments)]
     values = [value for argument, value in given if argument.alias_info is not None and argument.alias_info.is_write]
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, fx.Node)]
+    return pytree.tree_leaves(values)
 
 
 def _root(node: fx.Node) -> fx.Node:

@@ -31,7 +31,8 @@ from onward.passes.errors import OptionError, UnknownNameError, VerificationErro
 from onward.passes.find_sites import Site
 from onward.passes.graph import Layout
 from onward.passes.tie_blocks import grid
-from onward.runtime.feedback import FeedbackState, initial_state, learn
+from onward.runtime.feedback import FeedbackState, initial_state
+from onward.runtime.learning import learn
 from onward.runtime.noise import operators as noise_module
 from onward.runtime.noise import source as noise_source
 from onward.runtime.noise.rows import Probe

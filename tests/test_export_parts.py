@@ -21,7 +21,8 @@ from onward.passes.graph import Layout
 from onward.runtime.export.learning import Counters, interval, learned
 from onward.runtime.export.tasks import make_tasks
 from onward.runtime.export.updates import UPDATES, described, state_of
-from onward.runtime.feedback import FeedbackState, learn, probe_interval
+from onward.runtime.feedback import FeedbackState, probe_interval
+from onward.runtime.learning import learn
 from onward.runtime.noise.rows import Probe
 
 DOUBLE = torch.float64

@@ -30,7 +30,8 @@ from onward.passes.errors import CheckpointError, LossShapeError, NonFiniteLossE
 from onward.passes.find_sites import Site
 from onward.passes.graph import Layout
 from onward.runtime.execution import step as step_module
-from onward.runtime.feedback import FeedbackState, initial_state, learn
+from onward.runtime.feedback import FeedbackState, initial_state
+from onward.runtime.learning import learn
 from onward.runtime.loss import SampleLoss
 from onward.runtime.noise.rows import Probe
 from onward.runtime.output_gradient import BLACK_BOX_SIGMA, OutputGradient

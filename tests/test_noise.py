@@ -170,14 +170,16 @@ def test_every_form_of_philox_gives_the_same_words(
     seed: int, step: int, site: int, draws: list[int], first: int, num_blocks: int, purpose: Purpose
 ) -> None:
     key = Key(seed, step, site, purpose)
+    lies = Key(torch.tensor(seed), torch.tensor(step), site, purpose)
     expected = [lane.tolist() for lane in philox_lanes(torch.tensor(draws), first, num_blocks, key)]
     for d, b in itertools.product(range(len(draws)), range(num_blocks)):
         counter = ((first + b) & 0xFFFFFFFF, draws[d], site | purpose << 24, step & 0xFFFFFFFF)
         assert tuple(lane[d][b] for lane in expected) == reference_words(counter, seed)
     blocks = np.arange(first, first + num_blocks).astype(np.uint64) & np.uint64(0xFFFFFFFF)
     for form in (philox_module._few_blocks, philox_module._many_blocks):
-        lanes = form(np.array(draws, np.uint64), blocks, key)
+        lanes = form(np.array(draws, np.uint64), blocks, key.site_word, step & 0xFFFFFFFF, seed)
         assert [lane.tolist() for lane in lanes] == expected
+    assert [lane.tolist() for lane in philox_lanes(torch.tensor(draws), first, num_blocks, lies)] == expected
     assert [lane.tolist() for lane in philox_lanes_numpy(draws, first, num_blocks, key)] == expected
 
 

@@ -24,7 +24,8 @@ from onward.passes.errors import CheckpointError, OptionError
 from onward.passes.find_sites import Site
 from onward.passes.graph import Layout
 from onward.runtime.basis import Basis, empty_basis
-from onward.runtime.feedback import FeedbackState, initial_state, learn
+from onward.runtime.feedback import FeedbackState, initial_state
+from onward.runtime.learning import learn
 from onward.runtime.noise.rows import Probe
 
 BOUND = 6.0

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, fx
 
 from ...compiler.program import CompiledModel
+from ...passes.find_sites import Site
 from ...passes.fuse_packed_gradients import fuse_packed_gradients
 from ...passes.separate_outputs import returned
+from ..feedback import FeedbackState
 from ..finite import all_finite
+from ..learning import learn
 from ..noise import kernels
+from ..noise.rows import Probe
 from ..plan import Action, Gradient, chunks, make_plan, with_updates
 from .bindings import BoundGraph
 from .fusion import Fused, fuse, fuse_plan
@@ -87,6 +91,10 @@ class BoundModel:
                     bind = _bound_gradient if isinstance(action.actions[0], Gradient) else BoundGraph
                     self.together[perturbed, action] = bind(fuse(self.compiled, action, known))
         return self._fused_plans[perturbed]
+
+    def learn(self, state: FeedbackState, probe: Probe, sites: list[Site]) -> tuple[FeedbackState, Tensor]:
+        """The feedback's learning step (`learning.learn`)."""
+        return learn(state, probe, sites, self.sigmas, self.compiled.estimator.noise, self.reached)
 
     def demand_finite(self, values: Tensor, fail: Callable[[], NoReturn]) -> None:
         """Have `fail` raise unless all values are finite: here at once, and before a step ends in any case."""

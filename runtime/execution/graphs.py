@@ -1,113 +1,58 @@
-"""Steps without a perturbed run as one CUDA graph: captured once for a batch size, replayed by one call of the driver.
+"""Steps as CUDA graphs: captured once for a batch size, replayed by one call of the driver.
 
-A clean step of learned feedback (forward, loss, all gradient subgraphs) is a few hundred kernels that take microseconds
-each, and Python takes as long to issue one. A graph has them issued together. What a graph reads has to stand where it
-stood when it was captured: parameters and buffers do (checked before every replay); the batch, the target and what
-feedback has learned are copied to where they stood. What it writes is overwritten by the next replay, so that a step's
-result is read before that (`Program` copies gradients to ``.grad``).
+A step of a small model (forward, loss, perturbed runs, all gradient subgraphs, what feedback learns) is some hundreds
+of kernels that take microseconds each, and Python takes as long to issue one. A graph has them issued together. What it
+reads has to stand where it stood when it was captured (`captured`); what it writes is overwritten by the next replay,
+so that a step's result is read before that (`Program` copies gradients to ``.grad``).
 
-Noise is keyed by the step, and keys are read on the host: a step that makes noise, perturbed or with a model's own
-dropout, is not captured. Nor is one whose loss draws numbers, remembers something, is called in every step, or reads a
-number of the CPU's, which a graph would hold for ever.
+Noise is keyed by the step, and a key is one of the things that are put where a graph reads them: every replay makes
+other noise. What has to be looked at (losses that are finite, how well feedback predicted) is looked at after a replay;
+where a step does something else then, it is done again, operation by operation.
+
+Not captured is a step whose loss draws numbers, remembers something, looks at numbers or is called in every step, or
+one that reads a number of the CPU's, which a graph would hold for ever; feedback's first steps, which are longer.
 
 **Proof before use, and after**: the first replay of every graph is compared with the same step done operation by
-operation, and again whenever the loss's code is compared with its own graph (`CHECK_EVERY`). If it differs, or torch
-cannot capture it, a warning says so and steps go on as without graphs. After a capture that fails torch promises
-little: what would spoil one, a wait for the GPU, is looked for in a run before it.
+operation, and again every `CHECK_EVERY` steps, when the loss's code is compared with its own graph, too. If it differs,
+or torch cannot capture it, a warning says so and steps go on as without graphs. After a capture that fails torch
+promises little: what would spoil one, a wait for the GPU, is looked for in a run before it.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn, TypeVar
+from dataclasses import replace
+from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ...compiler.program import CompiledModel
+from ...passes.find_sites import Site
 from ..feedback import FeedbackState
-from ..finite import alike
+from ..learning import SLOW_STEP, pace, teach
+from ..noise.rows import Probe
+from ..noise.words import holding
+from ..output_gradient import CHECK_EVERY
 from ..plan import Action
 from ..traced_loss import TracedLoss
-from .bindings import Environment
+from .captured import StepGraph, Watched, capture, difference, own_feedback, own_input, read_by, stands
 from .executor import SerialExecutor
 from .precision import autocast_dtypes
 from .step import Step, StepInput, StepResult
+from .watched_loss import WatchedLoss
 
 MOST_GRAPHS = 4
-"""Batch sizes with a graph; each keeps the memory of a clean step."""
+"""Kinds of steps with a graph: batch sizes, with and without perturbed runs. Each keeps the memory of a step."""
 
 MOST_CAPTURES = 16
-"""Captures after which a model whose tensors keep moving goes without graphs."""
-
-TOLERANCE = 1e-3
-"""Largest difference of a replay from the step itself, of the largest finite element: libraries may sum in another
-order."""
-
-Result = TypeVar("Result")
-
-
-def capture(function: Callable[[], Result], device: torch.device) -> tuple[Result, Callable[[], None]]:
-    """What `function` returns, tensors that a call of the second result computes anew where they stand.
-
-    The function runs twice: first as it is, so that libraries have made what they keep, with waits for the GPU
-    forbidden. Both times on a stream that no other graph has: cuBLAS keeps a workspace a stream. Other threads, as a
-    loader's that pins memory, may go on meanwhile (``thread_local``).
-    """
-    before, waits = torch.cuda.current_stream(device), torch.cuda.get_sync_debug_mode()
-    with torch.cuda.device(device):
-        aside = torch.cuda.Stream()
-        aside.wait_stream(before)
-        try:
-            torch.cuda.set_sync_debug_mode("error")
-            with torch.cuda.stream(aside):
-                function()
-        finally:
-            torch.cuda.set_sync_debug_mode(waits)
-        before.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-                result = function()
-        finally:
-            torch.cuda.set_stream(before)  # which a capture that fails would leave on the other
-
-    def replay(stream: torch.cuda.Stream = aside) -> None:  # the stream lives as long as the graph
-        graph.replay()
-
-    return result, replay
-
-
-@dataclass(frozen=True)
-class StepGraph:
-    """A captured step.
-
-    Attributes:
-        given: the step's input, tensors of its own in the place of the batch's, the target's and the feedback's.
-        loss: the graph that answers for the loss.
-        stands: by binding key, where parameters and buffers stood.
-        result: what a replay computes anew.
-    """
-
-    given: StepInput
-    loss: TracedLoss
-    stands: dict[str, tuple[Any, ...]]
-    result: StepResult
-    replay: Callable[[], None]
-
-    def run(self, given: StepInput) -> StepResult:
-        """The result of another step of the same kind; the next overwrites its tensors."""
-        copy_batch(given, self.given)
-        self.replay()
-        return replace(self.result, feedback=given.feedback)
+"""Captures, with the same σ, after which a model whose tensors keep moving goes without graphs."""
 
 
 class GraphedExecutor(SerialExecutor):
-    """The serial executor, with steps without a perturbed run replayed from CUDA graphs. The tensors of a replayed
-    step's result are overwritten by the next.
+    """The serial executor, with steps replayed from CUDA graphs. The tensors of a replayed step's result are
+    overwritten by the next, but for what was learned.
 
     Attributes:
         reason: what speaks against graphs of this program altogether; empty if nothing does.
@@ -116,94 +61,143 @@ class GraphedExecutor(SerialExecutor):
 
     def __init__(self, compiled: CompiledModel, sigmas: list[float]) -> None:
         super().__init__(compiled, sigmas)
-        self.reason = _reason(self)
+        self.reason = _reason(compiled)
         self.captured = self.replayed = 0
         self._graphs: dict[Any, StepGraph | None] = {}
         """By what a graph was captured for; None after the first step of a kind, which warms up."""
+        self._left = MOST_CAPTURES
+        self._unproved: dict[Any, int] = {}
+        """By kind, replays since the last that was compared."""
+        self._sigmas: list[float] = []
+        """σ that the graphs have."""
         self._learned: FeedbackState | None = None
         self._own: FeedbackState | None = None
         """What `_learned` holds, where all graphs read it."""
-        self._capturing = False
+        self._watched: Watched | None = None
 
     def execute(self, step: Step, plan: Sequence[Action]) -> None:
-        """A clean step by its graph: the second of its kind captures it, the third is the first replayed."""
+        """A step by its graph: the second of its kind captures it, the third is the first replayed."""
         given = step.given
-        if self.reason or self.record is not None or plan is not self.clean_plan or not _fits(given):
+        if self.reason or self.record is not None or not self._fits(given, plan):
             super().execute(step, plan)
             return
-        assert given.output_gradient is not None
+        if self._sigmas != self.sigmas:
+            self._forget()
         kind = _kind(given)
         graph = self._graphs.get(kind)
-        stays = graph is not None and graph.stands == _stands(given.environment)
-        if graph is not None and stays and given.output_gradient.answers(graph.loss):
-            self._learn(given.feedback)
-            step.result = graph.run(given)
-            step.clean = step.result.losses
-            given.output_gradient.answered()
-            self.replayed += 1
-            self.demand_finite(step.clean, step._fail_clean)
-            return
+        stays = graph is not None and graph.stands == stands(given.environment)
+        if graph is not None and stays and self._answers(graph, kind, given):
+            self._place(given.feedback)
+            result = graph.run(given)
+            if result is not None:
+                step.result, step.clean = result, result.losses
+                if given.output_gradient is not None:
+                    given.output_gradient.answered()
+                self._unproved[kind] += 1
+                self.replayed += 1
+                return
+        watch = WatchedLoss(given.loss, given.device)
+        if kind in self._graphs:
+            step.given = replace(given, loss=watch)
         super().execute(step, plan)
-        loss = given.output_gradient.last
-        if loss is None or loss.draws or loss.remembers or any(own.device != given.device for own in loss.own):
+        if step.result.feedback is not None and step.result.feedback.overshoot != 1:
+            return  # more was done than graphs do
+        loss = None if given.output_gradient is None else given.output_gradient.last
+        if watch.objection or (given.output_gradient is not None and not _is_plain(loss, given)):
             self._graphs.pop(kind, None)
-        elif graph is not None and stays and graph.loss is loss:  # the loss's code was compared: so is the graph
-            self._try(lambda: self._prove(graph, given, step.result))
-        elif kind in self._graphs and self.captured == MOST_CAPTURES:
+        elif graph is not None and stays and graph.loss is loss:
+            self._try(lambda: self._prove(graph, kind, given, step.result))
+        elif kind in self._graphs and not self._left:
             self._refuse("would have to be captured again and again: the model's parameters or buffers keep moving")
         elif kind in self._graphs:
-            self._try(lambda: self._capture(kind, loss, given, step.result, plan))
+            self._try(lambda: self._capture(kind, loss, watch.own, given, step.result, plan))
         elif len(self._graphs) < MOST_GRAPHS:
             self._graphs[kind] = None
 
     def demand_finite(self, values: Tensor, fail: Callable[[], NoReturn]) -> None:
         """Not while a graph is captured, which cannot wait for a number: after each replay."""
-        if not self._capturing:
+        if self._watched is None:
             super().demand_finite(values, fail)
+        else:
+            self._watched.demanded.append(values)
+
+    def learn(self, state: FeedbackState, probe: Probe, sites: list[Site]) -> tuple[FeedbackState, Tensor]:
+        """While a graph is captured, what needs no number; the rest after each replay."""
+        if self._watched is None:
+            return super().learn(state, probe, sites)
+        lesson = teach(state, probe, sites, self.sigmas, self.compiled.estimator.noise, self.reached)
+        self._watched.lesson = lesson
+        return replace(state, jacobians=lesson.jacobians), lesson.loss
+
+    def _fits(self, given: StepInput, plan: Sequence[Action]) -> bool:
+        """Whether a step is one of the plans', once feedback learns at its last pace, and all that it reads is on its
+        device: a number on the CPU would be a constant of the graph."""
+        leaves = [*pytree.tree_leaves(given.target), *read_by(given.environment).values()]
+        same = all(isinstance(leaf, Tensor) and leaf.device == given.device for leaf in leaves)
+        settled = given.feedback is None or plan is self.clean_plan or pace(given.feedback) == SLOW_STEP
+        return same and settled and any(plan is each for each in (self.plan, self.clean_plan))
+
+    def _answers(self, graph: StepGraph, kind: Any, given: StepInput) -> bool:
+        """Whether a graph may be replayed for a step: its loss is still the same, and no comparison is due."""
+        answers = given.output_gradient is None or given.output_gradient.answers(graph.loss)
+        return answers and self._unproved[kind] + 1 < CHECK_EVERY
 
     def _capture(
-        self, kind: Any, loss: TracedLoss, given: StepInput, expected: StepResult, plan: Sequence[Action]
+        self,
+        kind: Any,
+        loss: TracedLoss | None,
+        held: list[Tensor],
+        given: StepInput,
+        expected: StepResult,
+        plan: Sequence[Action],
     ) -> None:
         """Capture the graph of such steps, proved by this one's result."""
         self.captured += 1
-        self._learn(given.feedback)
-        own = own_input(given, self._own)
+        self._left -= 1
+        own = own_input(given, self._place(given.feedback))
 
         def run() -> StepResult:
-            assert own.output_gradient is not None
+            self._watched = Watched()
             step = Step(self, replace(own, environment=dict(own.environment)))
-            with own.output_gradient.unchecked():
+            if own.output_gradient is None:
                 super(GraphedExecutor, self).execute(step, plan)
+            else:
+                with own.output_gradient.unchecked():
+                    super(GraphedExecutor, self).execute(step, plan)
             return step.result
 
-        self._capturing = True
         try:
-            result, replay = capture(run, given.device)
+            with holding() as words:
+                result, replay = capture(run, given.device)
+            assert self._watched is not None
+            graph = StepGraph(own, loss, stands(given.environment), result, self._watched, [*held, *words], replay)
         finally:
-            self._capturing = False
-        graph = StepGraph(own, loss, _stands(given.environment), result, replay)
-        self._prove(graph, given, expected)
+            self._watched = None
+        self._prove(graph, kind, given, expected)
         self._graphs[kind] = graph
 
-    def _prove(self, graph: StepGraph, given: StepInput, expected: StepResult) -> None:
+    def _prove(self, graph: StepGraph, kind: Any, given: StepInput, expected: StepResult) -> None:
         """Raise unless a replay gives the result that is expected. It is spoiled before, so that a replay which does
         nothing shows."""
-        self._learn(given.feedback)
-        spoil(graph.result, given.environment)
-        wrong = difference(graph.run(given), expected)
-        if wrong:
-            raise _WrongReplayError(wrong)
+        self._place(given.feedback)
+        graph.spoil()
+        found = graph.run(given)
+        wrong = difference(graph.result if found is None else found, expected, learned=given.perturbed)
+        if found is None or wrong:
+            raise _WrongReplayError(wrong or "perturbed runs")
+        self._unproved[kind] = 0
 
-    def _learn(self, feedback: FeedbackState | None) -> None:
-        """Have all graphs read what feedback has learned."""
-        if feedback is None or feedback is self._learned:
-            return
+    def _place(self, feedback: FeedbackState | None) -> FeedbackState | None:
+        """Have all graphs read what feedback has learned; it, with its tensors where they read them."""
+        if feedback is None:
+            return None
         if self._own is None:
             self._own = own_feedback(feedback)
-        else:
+        elif feedback is not self._learned:
             for value, other in zip(self._own.tensors(), feedback.tensors(), strict=True):
                 value.copy_(other)
         self._learned = feedback
+        return replace(feedback, jacobians=self._own.jacobians, basis=self._own.basis)
 
     def _try(self, attempt: Callable[[], None]) -> None:
         """Go without graphs from now on if it fails."""
@@ -216,111 +210,36 @@ class GraphedExecutor(SerialExecutor):
 
     def _refuse(self, wrong: str) -> None:
         self.reason = f"the CUDA graph of a step {wrong}"
-        self._graphs, self._own, self._learned = {}, None, None
+        self._forget()
+        self._own = self._learned = None
         warnings.warn(f"{self.reason}. Steps go on without graphs, with the same results.", stacklevel=2)
+
+    def _forget(self) -> None:
+        """Drop all graphs, as when σ was measured anew."""
+        self._graphs, self._unproved = {}, {}
+        self._sigmas, self._left = list(self.sigmas), MOST_CAPTURES
 
 
 class _WrongReplayError(Exception):
     """A replay gave another result."""
 
 
-def _reason(executor: SerialExecutor) -> str:
+def _reason(compiled: CompiledModel) -> str:
     """What speaks against graphs of a compiled model, known before the first step."""
-    compiled = executor.compiled
-    if compiled.estimator.feedback != "learned":
-        return 'every step is perturbed, without feedback="learned"'
-    if executor.corrects:
-        return "a correction needs perturbed runs in every step"
-    graphs = [*executor.stages, *(graph for graph, _ in executor.gradients.values())]
-    return "the model draws random numbers in every step" if any("runtime:key" in g.inputs for g in graphs) else ""
+    if compiled.estimator.sampling != "all":
+        return f'sampling="{compiled.estimator.sampling}" perturbs another number of samples in every step'
+    if any(gradient.shrunk for gradient in compiled.gradients):
+        return 'correction="shrunk" waits for numbers between a step\'s gradients'
+    return ""
 
 
-def _fits(given: StepInput) -> bool:
-    """Whether all that a step reads is on its device: a number on the CPU would be a constant of the graph."""
-    leaves = [*pytree.tree_leaves(given.target), *_read(given.environment).values()]
-    learned = given.output_gradient is not None and given.weights is None
-    return learned and all(isinstance(leaf, Tensor) and leaf.device == given.device for leaf in leaves)
-
-
-_MODELS = ("parameter:", "buffer:")
-_GIVEN = (*_MODELS, "constant:", "input:")
-
-
-def _read(environment: Environment) -> Environment:
-    """The tensors that a clean step may read, but for what was learned."""
-    return {key: v for key, v in environment.items() if key.startswith(_GIVEN) and isinstance(v, Tensor)}
+def _is_plain(loss: TracedLoss | None, given: StepInput) -> bool:
+    """Whether the graph of a loss, if there is one, does nothing but compute on the step's device."""
+    return loss is not None and not (loss.draws or loss.remembers or any(x.device != given.device for x in loss.own))
 
 
 def _kind(given: StepInput) -> Any:
     """What steps have in common that one graph serves."""
     leaves, spec = pytree.tree_flatten(given.target)
     shapes = tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves)
-    return given.samples, spec, shapes, autocast_dtypes()
-
-
-def _stands(environment: Environment) -> dict[str, tuple[Any, ...]]:
-    """Where the model's own tensors stand."""
-    held = ((key, value) for key, value in environment.items() if key.startswith(_MODELS))
-    return {key: (value.data_ptr(), value.shape, value.stride()) for key, value in held}
-
-
-def own_input(given: StepInput, feedback: FeedbackState | None) -> StepInput:
-    """The input of a step with tensors of its own, but for the model's."""
-    environment = {
-        key: value if key.startswith(_MODELS) else _own(value)
-        for key, value in given.environment.items()
-        if key.startswith((*_GIVEN, "runtime:"))
-    }
-    target = pytree.tree_map(_own, given.target)
-    return replace(given, environment=environment, target=target, feedback=feedback, loss=_no_loss)
-
-
-def own_feedback(state: FeedbackState) -> FeedbackState:
-    """What was learned, in tensors of its own."""
-    basis = state.basis
-    if basis is not None:
-        basis = replace(basis, directions=basis.directions.clone(), strengths=basis.strengths.clone())
-    return replace(state, jacobians={site: j.clone() for site, j in state.jacobians.items()}, basis=basis)
-
-
-def _own(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _no_loss(leaves: list[Any], copies: int, samples: int) -> Tensor:
-    """A clean step of learned feedback has `StepInput.output_gradient`; the loss would hold on to its own target."""
-    raise AssertionError
-
-
-def copy_batch(given: StepInput, own: StepInput) -> None:
-    """Batch and target, to where a graph reads them."""
-    for key, value in own.environment.items():
-        if key.startswith("input:") and isinstance(value, Tensor):
-            value.copy_(given.environment[key], non_blocking=True)
-    for value, other in zip(pytree.tree_leaves(own.target), pytree.tree_leaves(given.target), strict=True):
-        value.copy_(other, non_blocking=True)
-
-
-def _named(result: StepResult) -> dict[str, Tensor]:
-    """What a step gives, by what it is."""
-    found = {"losses": result.losses}
-    found |= {f"gradient of {name}": value for name, value in result.gradients.items()}
-    return found | {f"buffer {name}": value for name, value in result.buffers.items()}
-
-
-def spoil(result: StepResult, environment: Environment) -> None:
-    """Overwrite a result, but for what may be the model's or the batch's own memory."""
-    held = {value.untyped_storage().data_ptr() for value in _read(environment).values()}
-    for value in _named(result).values():
-        if value.is_contiguous() and value.untyped_storage().data_ptr() not in held:
-            value.fill_(torch.nan if value.is_floating_point() else 1)
-
-
-def difference(found: StepResult, expected: StepResult) -> str:
-    """The first of a step's tensors that differs, in words; nothing."""
-    mine = _named(found)
-    for name, other in _named(expected).items():
-        floating = other.is_floating_point()
-        if not (alike(mine[name], other, TOLERANCE) if floating else torch.equal(mine[name], other)):
-            return name
-    return ""
+    return given.perturbed, given.samples, spec, shapes, autocast_dtypes()

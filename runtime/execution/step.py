@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ...compiler.program import GradientSubgraph
 from ...passes.errors import NonFiniteLossError
-from ..feedback import FeedbackState, learn
+from ..feedback import FeedbackState
 from ..noise.rows import Probe
 from ..output_gradient import OutputGradient
 from ..plan import Action, Error, Forward, Gradient, Learn, Perturb, Update
@@ -82,6 +82,8 @@ class StepInput:
     """Batch size N."""
     device: torch.device
     target: Any = None
+    loss_of: Callable[[Any, torch.device], Callable[[list[Any], int, int], Tensor]] | None = None
+    """`loss` for another target, its numbers on that device."""
     feedback: FeedbackState | None = None
     output_gradient: OutputGradient | None = None
     """With learned feedback: the loss's gradient at the outputs."""
@@ -208,7 +210,7 @@ class Step:
 
         def learn_from(response: Tensor, error: Tensor) -> tuple[FeedbackState, Tensor]:
             probe = Probe(response, error, alive, draws, key)
-            return learn(state, probe, sites, self.bound.sigmas, self.estimator.noise, self.bound.reached)
+            return self.bound.learn(state, probe, sites)
 
         self.result.feedback, predicted = outside_autocast(learn_from)(response, self.error[: self.probed])
         if self.bound.corrects:

@@ -1,4 +1,4 @@
-"""What feedback learns from a perturbed run, as a function of tensors alone: `runtime.feedback.learn` for a graph.
+"""What feedback learns from a perturbed run, as a function of tensors alone: `runtime.learning.learn` for a graph.
 
 The eager form decides on Python numbers; a graph has none. So here its counters are 0-d tensors, and its one branch
 (predictions that are worse than none are scaled down) is a factor that is 1 otherwise. The tests hold one to the other.
@@ -13,17 +13,8 @@ import torch
 from torch import Tensor
 
 from ...passes.find_sites import Site
-from ..feedback import (
-    BROKEN,
-    EXPLAINED_MEMORY,
-    MAX_INTERVAL,
-    SLOW_STEP,
-    TRUST_MEMORY,
-    FeedbackState,
-    sample_weights,
-    steps_of_outputs,
-    within_reach,
-)
+from ..feedback import MAX_INTERVAL, TRUST_MEMORY, FeedbackState
+from ..learning import BROKEN, EXPLAINED_MEMORY, SLOW_STEP, sample_weights, steps_of_outputs, within_reach
 from ..noise.rows import NoiseRows, Probe, amplitudes_of, product_of_rows
 
 
@@ -75,7 +66,7 @@ def learned(
     step_count: Tensor,
     reached: Mapping[int, Tensor],
 ) -> tuple[dict[int, Tensor], Counters, Tensor]:
-    """`feedback.learn` without a basis: the new Jacobians and counters, and the response of the loss that the old ones
+    """`learning.learn` without a basis: the new Jacobians and counters, and the response of the loss that the old ones
     predicted, ``(draws, samples)``.
 
     Args:

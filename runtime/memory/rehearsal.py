@@ -210,7 +210,7 @@ class _Rehearsal:
                 environment[binding_key(node)] = pytree.tree_map(self._like, node.meta["val"])
         leaves = [leaf for leaf in pytree.tree_leaves(environment) if isinstance(leaf, Tensor)]
         device = leaves[0].device
-        environment["runtime:key"] = torch.zeros(2, dtype=torch.int64)
+        environment["runtime:key"] = torch.zeros(2, dtype=torch.int64, device=device)
         environment["runtime:sigmas"] = torch.ones(len(compiled.sites), dtype=torch.float64, device=device)
         learned = estimator.feedback == "learned"
         feedback = None
@@ -219,7 +219,7 @@ class _Rehearsal:
             leaves += feedback.tensors()
         self.live.ignore(*leaves, environment["runtime:key"], environment["runtime:sigmas"])
         error = self._output_gradient if learned else None
-        return StepInput(environment, self._loss, self.samples, device, None, feedback, error)  # type: ignore[arg-type]
+        return StepInput(environment, self._loss, self.samples, device, None, None, feedback, error)  # type: ignore[arg-type]
 
     def _like(self, val: Any) -> Any:
         return with_samples(val, self.samples) if isinstance(val, (Tensor, torch.SymInt)) else val

@@ -4,8 +4,9 @@ Noise is never stored; it is made again where it is used (see `source`), and no 
 megabytes beyond its result, or one draw where noise is tied over blocks. Antithetic twins (method.md, equation 4) share
 one generated draw.
 
-`copies`, `draws` and `key` are read on the host: keep them on the CPU, also for a model on a GPU (a GPU tensor works
-but makes the host wait).
+`copies` and `draws` are read on the host: keep them on the CPU, also for a model on a GPU (a GPU tensor works but makes
+the host wait). `key` lies where the numbers are wanted, and is not read on the host there unless that is a CPU; one on
+the CPU works for all.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ def _check_copies(num_copies: int, dim: int) -> None:
         raise OptionError(f"a tensor without a batch dimension cannot hold {num_copies} copies; run it with one copy.")
 
 
-def key_of(key: Tensor, site: int, purpose: Purpose) -> Key:
-    seed, step = key.tolist()
+def key_of(key: Tensor, site: int, purpose: Purpose, device: torch.device) -> Key:
+    """The key of numbers on `device`: as numbers where the host makes them or has it, else as it lies there."""
+    host = noise_source.on_host(device) or noise_source.on_host(key.device)
+    seed, step = key.tolist() if host else key.unbind()
     return Key(seed, step, site, purpose)
 
 
@@ -90,7 +93,7 @@ def perturb(
     if isinstance(scale, float) and scale == 0.0:
         target.copy_(clean)
         return result
-    source = Source(distribution, draws, key_of(key, site, Purpose.NOISE), z.dtype, z.device, scale)
+    source = Source(distribution, draws, key_of(key, site, Purpose.NOISE, z.device), z.dtype, z.device, scale)
     pieces = _tied_pieces(source, layout, sizes, dim, outer, blocks) if blocks else source.pieces(layout)
     xp, destination, origin = _arrays(source.use_numpy, target, clean)
     mask: Any = None
@@ -172,7 +175,9 @@ def weighted_noise_sum(
     dtype = weights.dtype if weights.dtype in NUMPY_DTYPES else torch.float32
     layout = layout_of(sizes, dim, outer, weights.shape[1])
     distinct, runs = copy_runs(tuple(draws.tolist()))
-    source = Source(noise_named(noise), distinct, key_of(key, site, Purpose.NOISE), dtype, weights.device)
+    source = Source(
+        noise_named(noise), distinct, key_of(key, site, Purpose.NOISE, weights.device), dtype, weights.device
+    )
     scored = source.distribution.score(score)
     wide = weights.detach().to(dtype)
     if dim < 0:
@@ -219,7 +224,9 @@ def weighted_noise(
     _check_copies(num_copies, dim)
     layout = layout_of(sizes, dim, outer, weights.shape[1])
     draws, runs = copy_runs(tuple(copies.tolist()))
-    source = Source(noise_named(noise), draws, key_of(key, site, Purpose.NOISE), weights.dtype, weights.device)
+    source = Source(
+        noise_named(noise), draws, key_of(key, site, Purpose.NOISE, weights.device), weights.dtype, weights.device
+    )
     scored = source.distribution.score(score)
     signed = weights.detach() if dim >= 0 else weights.detach().sum(1, keepdim=True)
     if any(run.sign < 0 for run in runs):
@@ -263,7 +270,7 @@ def keyed_random(
     steps = 1.0 / torch.finfo(dtype).eps * 2.0
     truncated = row is UNIFORM and steps < 2.0**24
     wide = dtype if dtype in NUMPY_DTYPES else torch.float32
-    source = Source(row, (0,), key_of(key, op, Purpose.MODEL), wide, result.device)
+    source = Source(row, (0,), key_of(key, op, Purpose.MODEL, result.device), wide, result.device)
     _, destination = _arrays(source.use_numpy and wide == dtype, result.view(-1))
     for _, _, (_, _, inner), numbers in source.pieces(Layout(1, 1, result.numel())):
         values = numbers.reshape(-1)
@@ -295,7 +302,7 @@ def stochastic_sign(
     layout = layout_of(sizes, dim, outer, x.shape[dim] // (sizes[dim] * num_copies) if dim >= 0 else 1)
     wide = x.dtype if x.dtype in NUMPY_DTYPES else torch.float32
     draws = capture_draws(copies.tolist())
-    source = Source(UNIFORM, draws, key_of(key, site, Purpose.STOCHASTIC_CAPTURE), wide, x.device)
+    source = Source(UNIFORM, draws, key_of(key, site, Purpose.STOCHASTIC_CAPTURE, x.device), wide, x.device)
     full = (layout.rows, num_copies, layout.samples, layout.inner)
     result = torch.empty(x.shape, dtype=wide, device=x.device)
     xp, destination, values, scales = _arrays(

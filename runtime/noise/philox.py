@@ -49,19 +49,26 @@ class Purpose(IntEnum):
 
 
 class Key(NamedTuple):
-    """What all the blocks of one stream have in common: the seed (64 bits), the step (32 bits), the site, the
-    purpose."""
+    """What all the blocks of one stream have in common: the seed (64 bits), the step (32 bits), the site, the purpose.
 
-    seed: int
-    step: int
+    Seed and step are numbers, or 0-d int64 tensors on the device where the words are wanted: a step that was captured
+    in a graph makes the words of the numbers that stand there when it is replayed.
+    """
+
+    seed: int | Tensor
+    step: int | Tensor
     site: int
     purpose: Purpose
 
     @property
     def site_word(self) -> int:
         """The counter's third word."""
-        assert 0 <= self.site < MAX_SITES, self.site
-        return self.site | self.purpose << 24
+        return site_word(self.site, self.purpose)
+
+
+def site_word(site: int, purpose: Purpose) -> int:
+    assert 0 <= site < MAX_SITES, site
+    return site | purpose << 24
 
 
 @lru_cache(maxsize=64)
@@ -71,14 +78,21 @@ def round_keys(seed: int) -> tuple[tuple[int, int], ...]:
     return tuple(((low + r * WEYL_0) & MASK, (high + r * WEYL_1) & MASK) for r in range(NUM_ROUNDS))
 
 
-def philox(counter: Lanes, seed: int) -> Lanes:
+def _round_keys_of(seed: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+    """`round_keys` of a 0-d int64 tensor."""
+    rounds = torch.arange(NUM_ROUNDS, device=seed.device)
+    low, high = (seed + rounds * WEYL_0) & MASK, ((seed >> 32) + rounds * WEYL_1) & MASK
+    return list(zip(low.unbind(), high.unbind(), strict=True))
+
+
+def philox(counter: Lanes, seed: int | Tensor) -> Lanes:
     """The four output words of a `counter` of four words in [0, 2^32), int64 tensors that broadcast or numbers, as
     int64 tensors; at least the first two are tensors.
 
     Signed products wrap in two's complement, so that masking gives both halves of the unsigned 64-bit product.
     """
     c0, c1, c2, c3 = counter
-    for key0, key1 in round_keys(seed):
+    for key0, key1 in _round_keys_of(seed) if isinstance(seed, Tensor) else round_keys(seed):
         product0, product1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
         c0, c1, c2, c3 = (
             (product1 >> 32 & MASK) ^ c1 ^ key0,
@@ -95,7 +109,7 @@ def philox_lanes(draws: Tensor, first: int, num_blocks: int, key: Key) -> Lanes:
     `draws` is int64 (D,), on the device where the lanes are wanted.
     """
     blocks = torch.arange(first, first + num_blocks, device=draws.device) & MASK
-    constants = key.site_word, key.step & MASK  # numbers: as a tensor they would make the host wait for a GPU
+    constants = key.site_word, key.step & MASK
     return philox((blocks[None, :], (draws & MASK)[:, None], *constants), key.seed)
 
 
@@ -104,8 +118,8 @@ def philox_lanes_numpy(draws: Sequence[int], first: int, num_blocks: int, key: K
     blocks = np.arange(first, first + num_blocks, dtype=np.uint64) & np.uint64(MASK)
     draw_words = np.array([draw & MASK for draw in draws], dtype=np.uint64)
     if len(draws) * num_blocks <= _SMALL:
-        return _few_blocks(draw_words, blocks, key)
-    return _many_blocks(draw_words, blocks, key)
+        return _few_blocks(draw_words, blocks, key.site_word, int(key.step) & MASK, int(key.seed))
+    return _many_blocks(draw_words, blocks, key.site_word, int(key.step) & MASK, int(key.seed))
 
 
 @lru_cache(maxsize=16)
@@ -116,7 +130,7 @@ def _stretched_constants(seed: int, num: int) -> tuple[list[Words], list[npt.NDA
     return list(np.repeat(multipliers, num, axis=1)), list(np.repeat(np.array(ordered, np.uint32), num, axis=1))
 
 
-def _few_blocks(draws: Words, blocks: Words, key: Key) -> Lanes:
+def _few_blocks(draws: Words, blocks: Words, site: int, step: int, seed: int) -> Lanes:
     """Three NumPy calls a round, every one on 1-D arrays, which skips NumPy's general iterator.
 
     `words` holds the counter's words 0 and 2 one after the other, `products` the 64-bit products, whose low halves are
@@ -127,10 +141,10 @@ def _few_blocks(draws: Words, blocks: Words, key: Key) -> Lanes:
     num = shape[0] * shape[1]
     words = np.empty(2 * num, np.uint64)
     words[:num].reshape(shape)[:] = blocks
-    words[num:] = key.site_word
+    words[num:] = site
     previous = np.empty(2 * num, np.uint64)
     previous[:num].reshape(shape)[:] = draws[:, None]
-    previous[num:] = key.step & MASK
+    previous[num:] = step
     products = np.empty(2 * num, np.uint64)
 
     words_low = words.view(np.uint32)[_LOW::2]
@@ -138,7 +152,7 @@ def _few_blocks(draws: Words, blocks: Words, key: Key) -> Lanes:
     products_high = products.view(np.uint32)[1 - _LOW :: 2]
     previous_low = previous.view(np.uint32)[_LOW::2][::-1]
     previous_high = previous.view(np.uint32)[1 - _LOW :: 2]
-    multipliers, keys = _stretched_constants(key.seed, num)
+    multipliers, keys = _stretched_constants(seed, num)
     for r in range(0, NUM_ROUNDS, 2):
         np.multiply(words, multipliers[0], products)
         np.bitwise_xor(products_high, previous_low, words_low)
@@ -155,14 +169,14 @@ def _few_blocks(draws: Words, blocks: Words, key: Key) -> Lanes:
     )
 
 
-def _many_blocks(draws: Words, blocks: Words, key: Key) -> Lanes:
+def _many_blocks(draws: Words, blocks: Words, site: int, step: int, seed: int) -> Lanes:
     """Contiguous 64-bit passes in place. The first rounds see a draw or a block alone and run on broadcast vectors."""
     mask, half = np.array(MASK, np.uint64), np.array(32, np.uint64)
     multiplier0, multiplier1 = np.array(MULTIPLIER_0, np.uint64), np.array(MULTIPLIER_1, np.uint64)
-    keys = np.array(round_keys(key.seed), np.uint64)[:, :, None, None]
+    keys = np.array(round_keys(seed), np.uint64)[:, :, None, None]
     shape = (len(draws), len(blocks))
     c0, c1 = blocks[None, :], draws[:, None]
-    c2, c3 = np.array([[key.site_word]], np.uint64), np.array([[key.step & MASK]], np.uint64)
+    c2, c3 = np.array([[site]], np.uint64), np.array([[step]], np.uint64)
     for key0, key1 in keys[:3]:
         product0, product1 = c0 * multiplier0, c2 * multiplier1
         c0, c1 = (product1 >> half) ^ c1 ^ key0, product1 & mask

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .distributions import Array, Distribution
 from .philox import Key, Lanes, philox_lanes, philox_lanes_numpy
+from .words import words_on
 
 NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -227,7 +228,7 @@ class Source:
     def _numbers(self, draws: Sequence[int], first: int, num_blocks: int) -> _Numbers:
         """The numbers of some blocks, as a function of a range of their elements."""
         if not self.on_cpu:
-            ids = torch.tensor(draws, dtype=torch.int64).to(self.device, non_blocking=True)
+            ids = words_on(draws, self.device).to(torch.int64)
             return self._sampled(numbers_from_lanes(self.distribution, philox_lanes(ids, first, num_blocks, self.key)))
         lanes = philox_lanes_numpy(draws, first, num_blocks, self.key)
         if self.distribution.sample is None:

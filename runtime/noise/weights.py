@@ -58,7 +58,7 @@ class _Noise(NamedTuple):
         """The numbers of these draws, of whole samples at a time."""
         usual = CPU_LIMITS if noise_source.on_host(device) else DEVICE_LIMITS
         limits = usual._replace(elements=max(usual.elements, self.numbers))
-        return Source(noise_named(noise), draws, key_of(key, site, Purpose.NOISE), dtype, device, limits=limits)
+        return Source(noise_named(noise), draws, key_of(key, site, Purpose.NOISE, device), dtype, device, limits=limits)
 
     def pieces(self, source: Source, samples: int) -> Iterator[tuple[int, slice, Tensor]]:
         """Number of the draw, samples, and their numbers (samples, count); one row where all samples share them."""

@@ -25,7 +25,8 @@ from torch import Tensor
 from ....passes.ops import DOMAINS
 from ..packed_gradients import Factors, convolution_gradient, linear_gradient
 from ..philox import Purpose
-from .noise import MAX_ELEMENTS, NAMES, bits, covered, key_words, words_on
+from ..words import words_on
+from .noise import MAX_ELEMENTS, NAMES, bits, covered, key_words
 from .numbers import EXACT, block_of, by_sign, in_order, lane_of, lanes_at, read, rounded, scored, word_at
 from .signs import read_bits
 
@@ -78,15 +79,16 @@ def product(left, right, total, exact: tl.constexpr):
     return tl.dot(upper, right, total, input_precision="tf32")
 
 
-@triton.jit(do_not_specialize=["site_word", "step", "seed"])
+@triton.jit(do_not_specialize=["site_word"])
 def linear_kernel(
     packed, scale, weights, result, draws, twins, count, stretch, samples, positions, outputs, columns, inner,
-    row_bytes, plane, site_word, step, seed,
+    row_bytes, plane, site_word, key,
     domain: tl.constexpr, scaled: tl.constexpr, bias: tl.constexpr, noise: tl.constexpr, score: tl.constexpr,
     narrow: tl.constexpr, dtype: tl.constexpr, group: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
     rows: tl.constexpr, chain: tl.constexpr,
 ):  # fmt: skip
     """A row's signs are the `columns` from bit ``row % inner * columns`` of the packed row ``row // inner`` on."""
+    seed, step = tl.load(key), tl.load(key + 1)
     column = (tl.program_id(0) * width + tl.arange(0, width))[None, :]
     first_output = tl.program_id(1) * height
     output = first_output + tl.arange(0, height)
@@ -123,16 +125,17 @@ def linear_kernel(
         tl.store(to + outputs * columns + output, total_bias, (output < outputs) & (tl.program_id(0) == 0))
 
 
-@triton.jit(do_not_specialize=["site_word", "step", "seed"])
+@triton.jit(do_not_specialize=["site_word"])
 def convolution_kernel(
     packed, scale, weights, result, draws, twins, count, stretch, samples, area, outputs, columns, row_bytes, plane,
     x_height, x_width, z_width, window_height, window_width, stride_y, stride_x, padding_y, padding_x, dilation_y,
-    dilation_x, site_word, step, seed,
+    dilation_x, site_word, key,
     domain: tl.constexpr, scaled: tl.constexpr, bias: tl.constexpr, noise: tl.constexpr, score: tl.constexpr,
     narrow: tl.constexpr, dtype: tl.constexpr, group: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
     rows: tl.constexpr, chain: tl.constexpr,
 ):  # fmt: skip
     """A row is one of the `area` positions of a sample, which is a packed row: image and window of two axes."""
+    seed, step = tl.load(key), tl.load(key + 1)
     column = tl.program_id(0) * width + tl.arange(0, width)
     channel = column // (window_height * window_width)
     shift_y = column // window_width % window_height * dilation_y - padding_y
@@ -293,9 +296,9 @@ def _launched(
     scale = sums if factors.scale is None else bits(factors.scale)
     kernel[triton.cdiv(columns, form.width), triton.cdiv(outputs, form.height), form.stretches](
         factors.packed.contiguous(), scale, bits(factors.weights), sums, draws, twins, rows, form.stretch, *numbers,
-        *key_words(factors.key, factors.site, Purpose.NOISE), factors.domain, factors.scale is not None, factors.bias,
-        factors.noise, factors.score, NAMES[factors.weights.dtype], NAMES[factors.dtype], form.group, form.height,
-        form.width, ROWS, CHAIN, num_warps=max(4, form.width // 16), **EXACT,
+        *key_words(factors.key, factors.site, Purpose.NOISE, device), factors.domain, factors.scale is not None,
+        factors.bias, factors.noise, factors.score, NAMES[factors.weights.dtype], NAMES[factors.dtype], form.group,
+        form.height, form.width, ROWS, CHAIN, num_warps=max(4, form.width // 16), **EXACT,
     )  # fmt: skip
     total = sums[0] if form.stretches == 1 else sums.sum(0)
     return total.to(factors.dtype)

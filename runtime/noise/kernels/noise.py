@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
@@ -18,9 +17,10 @@ from torch import Tensor
 
 from ....passes.ops import clean_shape
 from ..distributions import NOISES
-from ..operators import key_of, of_draws
-from ..philox import MASK, Purpose
+from ..operators import of_draws
+from ..philox import Purpose, site_word
 from ..source import Layout, Run, capture_draws, carriers, copy_runs, layout_of
+from ..words import signed, words_on
 from .numbers import EXACT, by_sign, numbers, read, rounded, scored, sign, write
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -33,16 +33,14 @@ along the second axis: larger calls are left to the definitions."""
 TILE, SUM_TILE = 1024, 256
 """Elements of a program; sums, which loop over the draws, take fewer, to have more programs."""
 
-# Numbers that change with every step or copy: compiled once for all values.
-_KEY = ["site_word", "step", "seed"]
 
-
-@triton.jit(do_not_specialize=_KEY)
+@triton.jit(do_not_specialize=["site_word"])
 def perturb_kernel(
-    z, alive, scale, result, draws, starts, carriers, total, span, num_copies, site_word, step, seed,
+    z, alive, scale, result, draws, starts, carriers, total, span, num_copies, site_word, key,
     noise: tl.constexpr, dtype: tl.constexpr, tiled: tl.constexpr, masked: tl.constexpr, many_rows: tl.constexpr,
     tile: tl.constexpr,
 ):  # fmt: skip
+    seed, step = tl.load(key), tl.load(key + 1)
     at, number = tl.program_id(0), tl.program_id(1)
     element = at * tile + tl.arange(0, tile)
     inside = element < total
@@ -64,11 +62,12 @@ def perturb_kernel(
         write(result + there, tl.where(sigma == 0, origin, changed), inside, dtype)
 
 
-@triton.jit(do_not_specialize=_KEY)
+@triton.jit(do_not_specialize=["site_word"])
 def weighted_noise_kernel(
-    weights, result, draws, starts, carriers, total, span, inner, samples, num_copies, site_word, step, seed,
+    weights, result, draws, starts, carriers, total, span, inner, samples, num_copies, site_word, key,
     noise: tl.constexpr, score: tl.constexpr, dtype: tl.constexpr, many_rows: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
+    seed, step = tl.load(key), tl.load(key + 1)
     at, number = tl.program_id(0), tl.program_id(1)
     element = at * tile + tl.arange(0, tile)
     inside = element < total
@@ -86,11 +85,12 @@ def weighted_noise_kernel(
         write(result + place + copy * span, values * factor, inside, dtype)
 
 
-@triton.jit(do_not_specialize=_KEY)
+@triton.jit(do_not_specialize=["site_word"])
 def weighted_noise_sum_kernel(
-    weights, result, draws, num_draws, total, inner, samples, site_word, step, seed,
+    weights, result, draws, num_draws, total, inner, samples, site_word, key,
     noise: tl.constexpr, score: tl.constexpr, dtype: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
+    seed, step = tl.load(key), tl.load(key + 1)
     at = tl.program_id(0)
     element = at * tile + tl.arange(0, tile)
     inside = element < total
@@ -104,11 +104,12 @@ def weighted_noise_sum_kernel(
     write(result + element, sums, inside, dtype)
 
 
-@triton.jit(do_not_specialize=_KEY)
+@triton.jit(do_not_specialize=["site_word"])
 def stochastic_sign_kernel(
-    x, scale, result, draws, total, span, num_copies, scale_inner, scale_extent, site_word, step, seed,
+    x, scale, result, draws, total, span, num_copies, scale_inner, scale_extent, site_word, key,
     dtype: tl.constexpr, scale_dtype: tl.constexpr, many_rows: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
+    seed, step = tl.load(key), tl.load(key + 1)
     at, copy = tl.program_id(0), tl.program_id(1)
     element = at * tile + tl.arange(0, tile)
     inside = element < total
@@ -161,8 +162,8 @@ def perturb(
     total = math.prod(layout)
     perturb_kernel[triton.cdiv(total, TILE), num_draws](
         bits(z), mask, scale, bits(result), *tables, total, layout.samples * layout.inner, num_copies,
-        *key_words(key, site, Purpose.NOISE), noise, NAMES[z.dtype], tiled, alive is not None, layout.rows > 1, TILE,
-        **EXACT,
+        *key_words(key, site, Purpose.NOISE, z.device), noise, NAMES[z.dtype], tiled, alive is not None,
+        layout.rows > 1, TILE, **EXACT,
     )  # fmt: skip
     return result
 
@@ -188,8 +189,8 @@ def weighted_noise(
     total = math.prod(layout)
     weighted_noise_kernel[triton.cdiv(total, TILE), num_draws](
         bits(factors), bits(result), *tables, total, layout.samples * layout.inner, layout.inner, layout.samples,
-        num_copies, *key_words(key, site, Purpose.NOISE), noise, score, NAMES[weights.dtype], layout.rows > 1, TILE,
-        **EXACT,
+        num_copies, *key_words(key, site, Purpose.NOISE, weights.device), noise, score, NAMES[weights.dtype],
+        layout.rows > 1, TILE, **EXACT,
     )  # fmt: skip
     return result
 
@@ -213,7 +214,7 @@ def weighted_noise_sum(
     total = math.prod(layout)
     weighted_noise_sum_kernel[(triton.cdiv(total, SUM_TILE),)](
         factors, bits(result), words_on(distinct, weights.device), len(distinct), total, layout.inner, layout.samples,
-        *key_words(key, site, Purpose.NOISE), noise, score, NAMES[weights.dtype], SUM_TILE, **EXACT,
+        *key_words(key, site, Purpose.NOISE, weights.device), noise, score, NAMES[weights.dtype], SUM_TILE, **EXACT,
     )  # fmt: skip
     return result
 
@@ -236,7 +237,7 @@ def stochastic_sign(
     total = math.prod(layout)
     stochastic_sign_kernel[triton.cdiv(total, TILE), len(draws)](
         bits(x), bits(values), bits(result), words_on(draws, x.device), total, layout.samples * layout.inner,
-        len(draws), inner, values.numel(), *key_words(key, site, Purpose.STOCHASTIC_CAPTURE), NAMES[x.dtype],
+        len(draws), inner, values.numel(), *key_words(key, site, Purpose.STOCHASTIC_CAPTURE, x.device), NAMES[x.dtype],
         NAMES[scale.dtype], layout.rows > 1, TILE, **EXACT,
     )  # fmt: skip
     return result
@@ -256,11 +257,10 @@ def bits(x: Tensor) -> Tensor:
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
 
 
-def key_words(key: Tensor, site: int, purpose: Purpose) -> tuple[int, int, int]:
-    """``site_word, step, seed`` of `philox.Key`, the first two as signed 32-bit numbers, which is how Triton takes all
-    values alike."""
-    known = key_of(key, site, purpose)
-    return _signed(known.site_word), _signed(known.step), known.seed
+def key_words(key: Tensor, site: int, purpose: Purpose, device: torch.device) -> tuple[int, Tensor]:
+    """The site's word of `philox.Key`, signed, which is how Triton takes all values alike, and where its seed and step
+    lie: kernels read them themselves, so that one that was captured in a graph makes another step's numbers."""
+    return signed(site_word(site, purpose)), key.to(device, torch.int64, non_blocking=True).contiguous()
 
 
 def _factors(weights: Tensor, dim: int, num_draws: int, runs: Sequence[Run]) -> Tensor:
@@ -275,23 +275,6 @@ def _carriers(copies: Tensor, device: torch.device) -> tuple[int, tuple[Tensor, 
     table = words_on([*draws, *starts, *carried], device)
     count = len(draws)
     return count, (table[:count], table[count : 2 * count + 1], table[2 * count + 1 :])
-
-
-def words_on(values: Sequence[int], device: torch.device) -> Tensor:
-    """32-bit words as an int32 tensor; the same tensor for the same words, which most steps repeat."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _known_words(tuple(values), device, stream)
-
-
-@lru_cache(maxsize=256)
-def _known_words(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """Of one stream alone: its memory may be given to others only behind what that stream still has to do."""
-    return torch.tensor([_signed(value) for value in values], dtype=torch.int32).to(device, non_blocking=True)
-
-
-def _signed(word: int) -> int:
-    word &= MASK
-    return word - (1 << 32) if word >> 31 else word
 
 
 def reference_sum(

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..philox import Purpose
 from ..rows import NoiseRows
 from ..source import layout_of
-from .noise import MAX_ELEMENTS, key_words, words_on
+from ..words import words_on
+from .noise import MAX_ELEMENTS, key_words
 from .numbers import EXACT, word_at
 
 ROWS, MAX_COLUMNS = 64, 64
@@ -40,12 +41,13 @@ def signs(draws, twins, alive, row, first, count, elements, samples, site_word, 
     return tl.where(inside, values, 0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["site_word", "step", "seed"])
+@triton.jit(do_not_specialize=["site_word"])
 def rows_kernel(
-    right, result, draws, twins, alive, count, elements, samples, outputs, site_word, step, seed,
+    right, result, draws, twins, alive, count, elements, samples, outputs, site_word, key,
     masked: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     """A @ right, right (elements, outputs)."""
+    seed, step = tl.load(key), tl.load(key + 1)
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     column = (tl.program_id(1) * columns + tl.arange(0, columns))[None, :]
     total = tl.zeros([rows, columns], tl.float32)
@@ -57,12 +59,13 @@ def rows_kernel(
     tl.store(result + row[:, None] * outputs + column, total, (row[:, None] < count) & (column < outputs))
 
 
-@triton.jit(do_not_specialize=["site_word", "step", "seed"])
+@triton.jit(do_not_specialize=["site_word"])
 def columns_kernel(
-    right, result, draws, twins, alive, count, elements, samples, outputs, site_word, step, seed,
+    right, result, draws, twins, alive, count, elements, samples, outputs, site_word, key,
     masked: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     """A.T @ right, right (draws * samples, outputs)."""
+    seed, step = tl.load(key), tl.load(key + 1)
     first = tl.program_id(0) * 32
     column = (tl.program_id(1) * columns + tl.arange(0, columns))[None, :]
     total = tl.zeros([32, columns], tl.float32)
@@ -107,7 +110,7 @@ def noise_product(right: Tensor, rows: NoiseRows, transposed: bool, alive: Tenso
     columns = columns_of(right)
     kernel[strips, triton.cdiv(outputs, columns)](
         right.contiguous(), result, ids, twins, mask, count, elements, samples, outputs,
-        *key_words(probe.key, site.index, Purpose.NOISE), alive is not None, ROWS, columns, **EXACT,
+        *key_words(probe.key, site.index, Purpose.NOISE, right.device), alive is not None, ROWS, columns, **EXACT,
     )  # fmt: skip
     return result
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from ....passes.ops import DOMAINS, row_bytes
 from ..philox import Purpose
 from ..source import Layout, capture_draws, layout_of
-from .noise import MAX_ELEMENTS, NAMES, bits, key_words, samples_of, scales_of, stochastic_fits, words_on
+from ..words import words_on
+from .noise import MAX_ELEMENTS, NAMES, bits, key_words, samples_of, scales_of, stochastic_fits
 from .numbers import EXACT, numbers, read, uniform, word_at, write
 
 BYTES, TILE = 128, 1024
@@ -58,14 +59,15 @@ def pack_kernel(
     write_bits(packed, byte, exists, value > 0, value < 0, num_rows * row_bytes, signed)
 
 
-@triton.jit(do_not_specialize=["site_word", "step", "seed"])
+@triton.jit(do_not_specialize=["site_word"])
 def pack_stochastic_kernel(
     x, scale, packed, draws, num_rows, elements, row_bytes, after, span, num_copies, scale_inner, scale_extent,
-    site_word, step, seed,
+    site_word, key,
     dtype: tl.constexpr, scale_dtype: tl.constexpr, signed: tl.constexpr, dense: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """Dense: what is packed lies as it is counted, and whole bytes are a sample's, so that a program takes consecutive
     elements of one copy. Else it takes bytes, and finds each element's number by itself."""
+    seed, step = tl.load(key), tl.load(key + 1)
     if dense:
         copy, first = tl.program_id(1), tl.program_id(0) * tile
         byte = copy * (span // 8) + first // 8 + tl.arange(0, tile // 8)
@@ -148,8 +150,8 @@ def pack_stochastic_signs(
     pack_stochastic_kernel[grid](
         bits(x), bits(values), packed, words_on(capture_draws(copies.tolist()), x.device), num_rows, elements,
         packed.shape[2], after, span, num_copies, inner, values.numel(),
-        *key_words(key, site, Purpose.STOCHASTIC_CAPTURE), NAMES[x.dtype], NAMES[scale.dtype], domain == "signed",
-        dense, TILE, **EXACT,
+        *key_words(key, site, Purpose.STOCHASTIC_CAPTURE, x.device), NAMES[x.dtype], NAMES[scale.dtype],
+        domain == "signed", dense, TILE, **EXACT,
     )  # fmt: skip
     return packed
 

@@ -1,0 +1,49 @@
+"""Tables of 32-bit words on a device: which draws a call makes, and for which copies.
+
+They follow from the copies, which are numbers on the host, and hardly ever change: the same words are the same tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .philox import MASK
+
+_holders: list[list[Tensor]] = []
+
+
+def words_on(values: Sequence[int], device: torch.device) -> Tensor:
+    """32-bit words as an int32 tensor; the same tensor for the same words, which most steps repeat."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    words = _known_words(tuple(values), device, stream)
+    for holder in _holders:
+        holder.append(words)
+    return words
+
+
+@contextmanager
+def holding() -> Iterator[list[Tensor]]:
+    """All the words that are asked for meanwhile: a captured graph reads them for as long as it lives."""
+    holder: list[Tensor] = []
+    _holders.append(holder)
+    try:
+        yield holder
+    finally:
+        _holders.remove(holder)
+
+
+@lru_cache(maxsize=256)
+def _known_words(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """Of one stream alone: its memory may be given to others only behind what that stream still has to do."""
+    return torch.tensor([signed(value) for value in values], dtype=torch.int32).to(device, non_blocking=True)
+
+
+def signed(word: int) -> int:
+    """The low 32 bits as a signed number."""
+    word &= MASK
+    return word - (1 << 32) if word >> 31 else word
