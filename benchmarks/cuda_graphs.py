@@ -1,10 +1,11 @@
-"""Steps without a perturbed run, replayed from CUDA graphs, beside the same steps issued by Python and backpropagation.
+"""Steps replayed from CUDA graphs, beside the same steps issued by Python, and backpropagation.
 
     python benchmarks/cuda_graphs.py
-    python benchmarks/cuda_graphs.py --models mlp --batch 32 --json graphs.json
+    python benchmarks/cuda_graphs.py --models mlp --steps clean perturbed --batch 32 --json graphs.json
 
-Learned feedback (*auto*) after 25 steps. All variants run in turn, A B C A B C …, and every ratio is formed within a
-round. On a CPU there are no graphs: ``--device cpu`` tries the program, without that column.
+*clean* and *perturbed* are steps of learned feedback (*auto*) after 25 steps; *copies* are the joint likelihood ratio's
+with 16 copies, whose gradients need nothing but losses. All variants run in turn, A B C A B C …, and every ratio is
+formed within a round. On a CPU there are no graphs: ``--device cpu`` tries the program, without that column.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from rich.table import Table
 from step import in_ms, ratio
 from torch import nn
 
+from onward import LikelihoodRatio, models
 from onward import compile as compile_program
-from onward import models
 from onward.evidence.provenance import describe, machine
 from onward.runtime.execution.graphs import GraphedExecutor
 
@@ -38,6 +39,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 """Models and the shapes of their images."""
 
+STEPS: dict[str, LikelihoodRatio] = {
+    "clean": LikelihoodRatio.auto(),
+    "perturbed": LikelihoodRatio.auto(),
+    "copies": LikelihoodRatio(copies=16, groups="joint"),
+}
+"""Kinds of steps and their estimators."""
+
 WARM_UP = 25
 """Steps before the first that is timed: feedback has been learned, graphs are captured."""
 
@@ -47,6 +55,7 @@ class Row:
     """What was measured of one model."""
 
     model: str
+    step: str
     issued_ms: Spread
     """A step whose operations Python issues."""
     replayed_ms: Spread | None
@@ -57,27 +66,28 @@ class Row:
     """Why no step is replayed."""
 
 
-def measure(name: str, batch: int, rounds: int, device: torch.device) -> Row:
-    """One model."""
+def measure(name: str, kind: str, batch: int, rounds: int, device: torch.device) -> Row:
+    """One kind of steps of one model."""
     make, shape = MODELS[name]
     images, target = torch.randn(batch, *shape, device=device), torch.randint(0, 10, (batch,), device=device)
     variants: dict[str, Callable[[], object]] = {}
     reason = "a CPU has no graphs"
-    for kind in ("issued", "replayed") if device.type == "cuda" else ("issued",):
+    for way in ("issued", "replayed") if device.type == "cuda" else ("issued",):
         torch.manual_seed(0)
         program = compile_program(
-            make().to(device), images, loss=F.cross_entropy, estimator="auto", cuda_graphs=kind == "replayed"
+            make().to(device), images, loss=F.cross_entropy, estimator=STEPS[kind], cuda_graphs=way == "replayed"
         )
 
         def step(program: Any = program) -> object:
-            program.next_probe = program.next_calibration = program.step_count + 1
+            program.next_calibration = program.step_count + 1
+            program.next_probe = program.step_count + (kind == "clean")
             return program.step(images, target)
 
         for _ in range(WARM_UP):
             program.step(images, target)
         for _ in range(3):
             step()
-        variants[kind] = step
+        variants[way] = step
         if isinstance(program.executor, GraphedExecutor):
             reason = program.executor.reason or ("" if program.executor.replayed else "nothing was replayed")
     net = make().to(device)
@@ -86,6 +96,7 @@ def measure(name: str, batch: int, rounds: int, device: torch.device) -> Row:
     replayed = None if reason else times["replayed"]
     return Row(
         name,
+        kind,
         in_ms(times["issued"]),
         in_ms(replayed) if replayed else None,
         ratio(times["issued"], replayed) if replayed else None,
@@ -97,14 +108,15 @@ def measure(name: str, batch: int, rounds: int, device: torch.device) -> Row:
 
 def table(rows: list[Row], batch: int) -> Table:
     """The measurements."""
-    shown = Table(title=f"A clean step of {batch} samples (medians, quartiles)", title_justify="left")
+    shown = Table(title=f"A step of {batch} samples (medians, quartiles)", title_justify="left")
     shown.add_column("model")
+    shown.add_column("step")
     for heading in ("issued, ms", "replayed, ms", "issued ÷ replayed", "replayed ÷ backprop.", "issued ÷ backprop."):
         shown.add_column(heading, justify="right")
     for row in rows:
         columns = (row.issued_ms, row.replayed_ms, row.issued_over_replayed, row.replayed_over_backpropagation)
         cells = [row.reason or "–" if each is None else each.show() for each in columns]
-        shown.add_row(row.model, *cells, row.issued_over_backpropagation.show())
+        shown.add_row(row.model, row.step, *cells, row.issued_over_backpropagation.show())
     return shown
 
 
@@ -112,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), metavar="KIND")
     parser.add_argument("--batch", type=int, default=64, metavar="N")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cuda")
@@ -121,7 +134,9 @@ def main(argv: list[str] | None = None) -> None:
     console = Console(width=None if Console().is_terminal else 140)
     found: dict[str, Any] = machine(device)
     console.print(describe(found), highlight=False)
-    rows = [measure(name, options.batch, options.rounds, device) for name in options.models]
+    rows = [
+        measure(name, kind, options.batch, options.rounds, device) for name in options.models for kind in options.steps
+    ]
     console.print(table(rows, options.batch))
     if options.json is not None:
         result = {"machine": found, "batch": options.batch, "rows": [asdict(row) for row in rows]}

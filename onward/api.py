@@ -52,10 +52,10 @@ def compile(
             that measures faster (`Trainer.pipeline`). Where nothing beats a step with all threads, leave it at 1.
         streams: streams of the GPU that they are issued on (`runtime.execution.streams`); no bit depends on it. On a
             GPU `workers` does nothing; on a CPU there are no streams, and more than one is an error.
-        cuda_graphs: on a GPU, replay steps without a perturbed run from CUDA graphs (`runtime.execution.graphs`): for
-            models whose kernels take less time than issuing them. Each of up to four batch sizes keeps the memory of a
-            clean step, and all together a copy of what feedback has learned; a step that cannot be captured goes on as
-            without. Not together with `streams`, nor with `memory`, which does not count that.
+        cuda_graphs: on a GPU, replay steps from CUDA graphs (`runtime.execution.graphs`): for models whose kernels take
+            less time than issuing them. Each of up to four kinds of steps (a batch size, with or without a perturbed
+            run) keeps the memory of a step, and all together a copy of what feedback has learned; a step that cannot be
+            captured goes on as without. Not together with `streams`, nor with `memory`, which does not count that.
         memory: what a step on a batch of the example's size may take, beyond parameters, buffers, the batch, what
             feedback has learned and the optimizer's state: bytes, ``"2GiB"``, or a fraction of the device's memory
             (0.5). Chooses how many copies run side by side, by prediction (`runtime.memory`); in place of the

@@ -176,9 +176,10 @@ def test_cuda_graphs_runs(tmp_path: Path) -> None:
         "cuda_graphs.py", "--models", "mlp", "--batch", "4", "--rounds", "1", "--device", "cpu", "--json", str(written)
     )
     assert "a CPU has no graphs" in printed
-    (row,) = json.loads(written.read_text())["rows"]
-    assert row["replayed_ms"] is None
-    assert row["issued_over_backpropagation"]["median"] > 0
+    rows = json.loads(written.read_text())["rows"]
+    assert [row["step"] for row in rows] == ["clean", "perturbed", "copies"]
+    assert all(row["replayed_ms"] is None for row in rows)
+    assert all(row["issued_over_backpropagation"]["median"] > 0 for row in rows)
 
 
 @pytest.mark.slow

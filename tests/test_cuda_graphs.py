@@ -23,6 +23,7 @@ from onward.runtime.execution.captured import difference
 from onward.runtime.execution.executors import make_executor
 from onward.runtime.execution.graphs import MOST_CAPTURES, MOST_GRAPHS, GraphedExecutor
 from onward.runtime.execution.step import StepResult
+from onward.runtime.execution.watched_loss import WatchedLoss
 from onward.runtime.noise import source as noise_source
 from onward.runtime.output_gradient import CHECK_EVERY
 from onward.runtime.traced_loss import TracedLoss
@@ -88,8 +89,8 @@ STEPS = 26
 def test_steps_have_the_bits_of_steps_without_graphs(case: str) -> None:
     """Perturbed steps of every kind: each has noise of its own, and feedback learns."""
     plain, own = (onward.Program(model_for(case), compiled_for(case), F.cross_entropy, seed=3) for _ in range(2))
-    executor = graphed(own)
-    assert same(train(plain, case, STEPS), train(own, case, STEPS))
+    executor, steps = graphed(own), STEPS + 4 * ("convolutions" in case)  # every other step of which is perturbed
+    assert same(train(plain, case, steps), train(own, case, steps))
     assert executor.replayed >= 5, executor.reason
     assert (plain.forwards, plain.next_probe) == (own.forwards, own.next_probe)
     if plain.feedback is not None and own.feedback is not None:
@@ -115,6 +116,103 @@ def test_other_batches_are_copied_to_where_the_graph_reads_them(sizes: list[int]
     assert executor.replayed > 0
     assert 0 < executor.captured <= min(MOST_GRAPHS, len({*sizes}))
     assert same([*plain.feedback.jacobians.values()], [*own.feedback.jacobians.values()])  # type: ignore[union-attr]
+
+
+PERTURBED = Ratio.feedback_learned(copies=2, warmup=0)
+LOSSES = Ratio(copies=4, groups="joint")
+
+
+def test_feedback_that_is_broken_is_scaled_down_as_without_graphs() -> None:
+    plain, own, executor = programs(PERTURBED)
+    for program in (plain, own):
+        train_on(program, [6] * STEPS)
+        assert program.feedback is not None
+        jacobians = {site: jacobian * 50 for site, jacobian in program.feedback.jacobians.items()}
+        program.feedback = replace(program.feedback, jacobians=jacobians)
+    replayed = executor.replayed
+    assert same(train_on(plain, [6]), train_on(own, [6]))
+    assert executor.replayed == replayed > 0
+    assert own.feedback is not None
+    assert own.feedback.overshoot < 1
+    assert same(train_on(plain, [6] * 3), train_on(own, [6] * 3))
+    assert executor.replayed == replayed + 3
+
+
+def far(output: Tensor, target: Any) -> Tensor:
+    """A loss that is only finite where the output is the target's, if the target says so."""
+    wanted, bound = target
+    distance = (output - wanted).square().sum(1)
+    return torch.where(distance > bound, torch.inf, distance)
+
+
+def test_a_replay_whose_perturbed_runs_fail_says_what_the_step_itself_says() -> None:
+    found = []
+    plain, own, executor = programs(LOSSES, loss=far)
+    for program in (plain, own):
+        x = batch()[0]
+        wanted = program.model(x).detach()
+        for number in range(5):
+            bound = torch.full((6,), 0.0 if number == 3 else torch.inf)
+            if number == 3:
+                before = weights_and_gradients(program)
+                with pytest.raises(NonFiniteLossError) as raised:
+                    program.step(x, (wanted, bound))
+                assert same(before, weights_and_gradients(program))
+                found.append(str(raised.value))
+            else:
+                program.step(x, (wanted, bound))
+    assert executor.replayed == 2, executor.reason
+    assert found[0] == found[1]
+    assert "with noise at" in found[0]
+
+
+def test_other_standard_deviations_have_other_graphs() -> None:
+    plain, own, executor = programs(LOSSES)
+    for number in range(MOST_CAPTURES + 2):
+        for program in (plain, own):
+            program.sigmas[0] = 0.1 + 0.01 * number
+        assert same(train_on(plain, [6] * 3), train_on(own, [6] * 3))
+    assert executor.captured == executor.replayed == MOST_CAPTURES + 2
+
+
+def test_a_graph_is_compared_again_however_seldom_its_steps_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "CHECK_EVERY", 4)
+    _, own, executor = programs(LOSSES)
+    proofs, prove = [], executor._prove
+    monkeypatch.setattr(executor, "_prove", lambda *given: (proofs.append(own.step_count), prove(*given)))
+    train_on(own, [6] * 11)
+    assert proofs == [1, 5, 9]
+    assert executor.replayed == 11 - 4
+
+
+class Weighted(nn.Module):
+    """A loss that reads a tensor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.tensor([1.0, 2.0, 0.5]))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target, weight=self.weight, reduction="none")
+
+
+def test_a_loss_without_a_derivative_and_one_with_tensors_of_its_own_are_replayed() -> None:
+    for loss in (black_box, Weighted()):
+        plain, own, executor = programs(LOSSES, loss=loss)
+        assert same(train_on(plain, [6] * 8), train_on(own, [6] * 8))
+        assert executor.replayed == 6
+
+
+def looks(output: Tensor, target: Tensor) -> Tensor:
+    return squares(output, target) * (2.0 if float(output.detach().sum()) > 0 else 1.0)
+
+
+def elsewhere(output: Tensor, target: Tensor) -> Tensor:
+    return squares(output, target) + torch.empty((), device="meta").new_ones((), device="cpu")
+
+
+def kept(output: Tensor, target: Tensor) -> Tensor:
+    return squares(output, target) + output[target.bool()].sum()
 
 
 class Normalised(nn.Module):
@@ -288,6 +386,35 @@ def noisy(output: Tensor, target: Tensor) -> Tensor:
 
 def black_box(output: Tensor, target: Tensor) -> Tensor:
     return (output.argmax(1) != target).float() + 0 * output.detach().sum(1)
+
+
+def watched(loss: Any) -> str:
+    watch = WatchedLoss(lambda leaves, copies, samples: loss(leaves[0], torch.arange(samples) % 3), torch.device("cpu"))
+    for _ in range(2):
+        watch([torch.randn(6, 3)], 1, 6)
+    return watch.objection
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (lambda: noisy, "draws random numbers"),
+        (lambda: looks, "looks at numbers"),
+        (lambda: kept, "looks at numbers"),
+        (lambda: elsewhere, "computes on another device"),
+        (Remembering, "writes into tensors of its own"),
+        (lambda: squares, ""),
+        (lambda: black_box, ""),
+        (Weighted, ""),
+    ],
+)
+def test_a_loss_that_does_more_than_compute_is_not_captured(loss: Callable[[], Any], said: str) -> None:
+    assert said in watched(loss())
+    assert bool(said) == bool(watched(loss()))
+    _, own, executor = programs(LOSSES, loss=loss())
+    if said:
+        train_on(own, [6] * 4)
+        assert (executor.captured, executor.replayed) == (0, 0)
 
 
 @pytest.mark.parametrize("loss", [Remembering, lambda: noisy, lambda: black_box], ids=["remembers", "draws", "opaque"])

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import graph_tape
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from onward.passes import ops
 from onward.passes.errors import OptionError, UnknownNameError
+from onward.runtime.noise import operators
 from onward.runtime.noise import packing as _packing  # noqa: F401  (registers its operators)
 from onward.runtime.noise import philox as philox_module
 from onward.runtime.noise import source as noise_source
@@ -615,6 +617,33 @@ def test_the_form_for_devices_gives_the_same(
         assert torch.equal(one, other)
         assert one.stride() == other.stride()
     torch.testing.assert_close(actual[-1], expected[-1])
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_the_form_for_devices_can_be_captured_for_other_steps(monkeypatch: pytest.MonkeyPatch, noise: str) -> None:
+    """Played again, every operator makes the numbers of the key that stands there by then: nothing read it before."""
+    monkeypatch.setattr(noise_source, "on_host", lambda device: False)
+    sizes, dim, outer = LAYOUTS[0]
+    ids, key, seed = torch.tensor(ORDERS["pairs"]), KEY.clone(), torch.Generator().manual_seed(3)
+    z, weights = torch.randn(clean_shape(sizes, dim, 2), generator=seed), torch.randn(len(ids), 2, generator=seed)
+    tiled = ops.tile(z, ids, dim, outer)
+
+    def results() -> list[Tensor]:
+        return [
+            operators.perturb(z, ids, key, SIGMAS, SITE, noise, sizes, dim, outer, False),
+            operators.weighted_noise(weights, ids, key, SITE, noise, "exact", sizes, dim, outer),
+            operators.weighted_noise_sum(weights, ids, key, SITE, noise, "exact", sizes, dim, outer),
+            operators.stochastic_sign(tiled, tiled.abs().amax(), ids, key, SITE, sizes, dim, outer),
+            operators.keyed_random(key, 3, "uniform", [7, 99], torch.float32, CPU),
+        ]
+
+    played, play = graph_tape.capture(results, CPU)
+    first = [each.clone() for each in played]
+    key.copy_(torch.tensor([SEED + 1, STEP + 1]))
+    play()
+    for one, other, before in zip(played, results(), first, strict=True):
+        assert torch.equal(one, other)
+        assert not torch.equal(one, before)
 
 
 @pytest.mark.gpu
