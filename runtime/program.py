@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import traceback
 from collections.abc import Collection
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..compiler.estimator import LikelihoodRatio
 from ..compiler.probe import copy_of
 from ..compiler.program import CompiledModel
 from ..compiler.site_options import resolve_sigmas
-from ..passes.errors import BatchError, CheckpointError, OutOfMemoryError
+from ..passes.errors import BatchError, OutOfMemoryError
 from ..passes.graph import Role, outputs, placeholders
 from .calibration.choose import calibrate
 from .calibration.record import Calibration
@@ -36,6 +34,7 @@ from .noise import packed_gradients as _packed_gradients  # noqa: F401
 from .noise import packing as _packing  # noqa: F401
 from .noise import weights as _weight_noise  # noqa: F401
 from .output_gradient import OutputGradient
+from .program_state import restore, saved
 from .sampling import sampled
 from .targets import num_rows, target_leaves
 from .whole_loss import WholeLoss
@@ -248,20 +247,7 @@ class Program:
 
     def state_dict(self) -> dict[str, Tensor | int | float | str]:
         """What the program needs beyond the model's own state to continue exactly, feedback included."""
-        state: dict[str, Tensor | int | float | str] = {
-            "estimator": json.dumps(self.compiled.estimator.to_json(), sort_keys=True),
-            "seed": self.seed,
-            "step_count": self.step_count,
-            "forwards": self.forwards,
-            "clean_forwards": self.clean_forwards,
-        }
-        if self.compiled.estimator.sigma == "auto":
-            state["sigmas"] = torch.tensor(self.sigmas, dtype=torch.float64)
-            state["next_calibration"] = self.next_calibration
-        if self.feedback is not None:
-            state["next_probe"] = self.next_probe
-            state.update(self.feedback.state_dict())
-        return state
+        return saved(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`'s result.
@@ -270,37 +256,7 @@ class Program:
             CheckpointError: a value is missing, or another estimator saved it, which this one would not continue; the
                 program is as it was.
         """
-        try:
-            self._check_estimator(json.loads(state["estimator"]))
-            seed, step_count = int(state["seed"]), int(state["step_count"])
-            forwards, clean_forwards = float(state["forwards"]), float(state["clean_forwards"])
-            sigmas, next_calibration, next_probe = self.sigmas, self.next_calibration, self.next_probe
-            if self.compiled.estimator.sigma == "auto":
-                sigmas, next_calibration = state["sigmas"].tolist(), int(state["next_calibration"])
-            if len(sigmas) != len(self.sigmas):
-                raise CheckpointError(f"the state has σ of {len(sigmas)} sites; this model has {len(self.sigmas)}.")
-            feedback = self.feedback
-            if feedback is not None:
-                next_probe, feedback = int(state["next_probe"]), feedback.loaded(state)
-        except KeyError as error:
-            raise CheckpointError(f"the program's state lacks {error}") from error
-        self.seed, self.step_count = seed, step_count  # all of it, or nothing
-        self.forwards, self.clean_forwards = forwards, clean_forwards
-        self.sigmas[:] = sigmas
-        self.next_calibration, self.next_probe, self.feedback = next_calibration, next_probe, feedback
-
-    def _check_estimator(self, saved: dict[str, Any]) -> None:
-        mine = json.loads(json.dumps(self.compiled.estimator.to_json()))
-        sets_rank = self.compiled.rank is not None and self.compiled.estimator.rank is None
-        free = _FREE[:-1] if sets_rank else _FREE
-        fixed = {key: value for key, value in mine.items() if key not in free}
-        before = {field.name: field.default for field in fields(LikelihoodRatio)} | saved  # an option that came later
-        differing = [f"{key}={before[key]!r}, now {value!r}" for key, value in fixed.items() if before[key] != value]
-        if differing:
-            raise CheckpointError(
-                f"the saved run used another estimator: {'; '.join(differing)}. Resume with the same settings, or "
-                "start a new run from the model's weights."
-            )
+        restore(self, state)
 
     def _check_target(self, target: Any, samples: int) -> None:
         for leaf in target_leaves(target, samples):
@@ -440,6 +396,3 @@ CALIBRATE_EVERY = 500
 
 REMEASURE_AFTER = 25
 """The same where the loss did not respond to some site, as behind a head of zeros that soon has other weights."""
-
-_FREE = ("chunk", "recompute", "feedback_memory")
-"""Settings of the estimator that a run may be resumed with others of; the memory only if it did not set the rank."""
