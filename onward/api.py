@@ -55,7 +55,8 @@ def compile(
         cuda_graphs: on a GPU, replay steps from CUDA graphs (`runtime.execution.graphs`): for models whose kernels take
             less time than issuing them. Each of up to four kinds of steps (a batch size, with or without a perturbed
             run) keeps the memory of a step, and all together a copy of what feedback has learned; a step that cannot be
-            captured goes on as without. Not together with `streams`, nor with `memory`, which does not count that.
+            captured goes on as without. With `streams` a graph has as many branches. Not together with `memory`, which
+            does not count what graphs keep.
         memory: what a step on a batch of the example's size may take, beyond parameters, buffers, the batch, what
             feedback has learned and the optimizer's state: bytes, ``"2GiB"``, or a fraction of the device's memory
             (0.5). Chooses how many copies run side by side, by prediction (`runtime.memory`); in place of the

@@ -19,9 +19,10 @@ from onward.compiler.driver import compile_model
 from onward.compiler.program import CompiledModel
 from onward.passes.errors import NonFiniteLossError, OptionError
 from onward.runtime.execution import graphs
+from onward.runtime.execution import streams as streams_module
 from onward.runtime.execution.captured import difference
 from onward.runtime.execution.executors import make_executor
-from onward.runtime.execution.graphs import MOST_CAPTURES, MOST_GRAPHS, GraphedExecutor
+from onward.runtime.execution.graphs import MOST_CAPTURES, MOST_GRAPHS, Graphed, GraphedExecutor, GraphedStreams
 from onward.runtime.execution.step import StepResult
 from onward.runtime.execution.watched_loss import WatchedLoss
 from onward.runtime.noise import source as noise_source
@@ -39,16 +40,17 @@ def tape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise_source, "on_host", lambda device: False)
 
 
-def graphed(program: onward.Program) -> GraphedExecutor:
+def graphed(program: onward.Program, streams: int = 1) -> Graphed:
     """The program with its executor in place of its own."""
-    executor = GraphedExecutor(program.compiled, program.sigmas)
+    compiled, sigmas = program.compiled, program.sigmas
+    executor = GraphedExecutor(compiled, sigmas) if streams == 1 else GraphedStreams(compiled, sigmas, streams)
     program.executor = executor
     return executor
 
 
 def programs(
     estimator: Ratio = SOME, model: Callable[[], nn.Module] = mlp, loss: Any = F.cross_entropy
-) -> tuple[onward.Program, onward.Program, GraphedExecutor]:
+) -> tuple[onward.Program, onward.Program, Graphed]:
     """Twice the same program, the second with graphs."""
     plain, own = (program_of(estimator, model, loss) for _ in range(2))
     return plain, own, graphed(own)
@@ -85,11 +87,19 @@ STEPS = 26
 """Feedback's first 19 learning steps, two to warm up and capture, and five."""
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name != "shrunk"])
-def test_steps_have_the_bits_of_steps_without_graphs(case: str) -> None:
+BRANCHED = ("auto", "layerwise in chunks", "joint, a copy's own captures, in chunks", "corrected", "batch statistics")
+
+
+@pytest.mark.parametrize(
+    ("case", "streams"), [(name, 1) for name in CASES if name != "shrunk"] + [(name, 3) for name in BRANCHED]
+)
+def test_steps_have_the_bits_of_steps_without_graphs(case: str, streams: int) -> None:
     """Perturbed steps of every kind: each has noise of its own, and feedback learns."""
     plain, own = (onward.Program(model_for(case), compiled_for(case), F.cross_entropy, seed=3) for _ in range(2))
-    executor, steps = graphed(own), STEPS + 4 * ("convolutions" in case)  # every other step of which is perturbed
+    executor, steps = (
+        graphed(own, streams),
+        STEPS + 4 * ("convolutions" in case),
+    )  # every other step of which is perturbed
     assert same(train(plain, case, steps), train(own, case, steps))
     assert executor.replayed >= 5, executor.reason
     assert (plain.forwards, plain.next_probe) == (own.forwards, own.next_probe)
@@ -480,27 +490,48 @@ def test_options() -> None:
         onward.compile(mlp(), x, loss=F.cross_entropy, cuda_graphs=True, memory="1GiB")
 
 
-def test_on_a_gpu_graphs_are_chosen_and_streams_exclude_them() -> None:
+def test_on_a_gpu_graphs_are_chosen_and_have_branches() -> None:
     found = program_of(SOME, mlp, F.cross_entropy).compiled
     leaves = [(leaf[0], leaf[1], torch.device("cuda"), leaf[3]) for leaf in found.captured.signature.leaves]
     signature = replace(found.captured.signature, leaves=leaves)
     moved = replace(found, captured=replace(found.captured, signature=signature), reached={})
     assert isinstance(make_executor(moved, [0.1] * 3, workers=1, streams=1, cuda_graphs=True), GraphedExecutor)
-    with pytest.raises(OptionError, match="Choose one of them"):
-        make_executor(moved, [0.1] * 3, workers=1, streams=2, cuda_graphs=True)
+    branched = make_executor(moved, [0.1] * 3, workers=1, streams=2, cuda_graphs=True)
+    assert isinstance(branched, GraphedStreams)
+    assert branched.streams == 2
+    assert branched.waits(perturbed=True)
+    assert not branched.measures(perturbed=True)
+
+
+def test_the_branches_of_a_graph_end_where_they_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA refuses a capture in which a stream waits for what comes after; steps that are issued do it."""
+    joined: list[bool] = []
+    join = streams_module._joined
+    monkeypatch.setattr(
+        streams_module,
+        "_joined",
+        lambda *given, both_ways: (joined.append(both_ways), join(*given, both_ways=both_ways))[1],
+    )
+    own = program_of(LOSSES, mlp, F.cross_entropy)
+    executor = graphed(own, streams=3)
+    train_on(own, [6] * 4)
+    assert joined == [True, True, False, False]  # two steps; the second is captured, with a run before
+    assert executor.replayed == 2
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("streams", [1, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_cuda_graphs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_graphs(case: str, streams: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     x, y = (value.cuda() for value in data_of(case))
     found = []
     for graph in (False, True):
         program = onward.compile(
-            model_for(case).cuda(), x, loss=F.cross_entropy, estimator=CASES[case][1], seed=3, cuda_graphs=graph
-        )
+            model_for(case).cuda(), x, loss=F.cross_entropy, estimator=CASES[case][1], seed=3, streams=streams,
+            cuda_graphs=graph,
+        )  # fmt: skip
         losses = []
         for _ in range(STEPS):
             program.model.zero_grad()
@@ -512,5 +543,5 @@ def test_cuda_graphs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
     executor = program.executor
-    assert isinstance(executor, GraphedExecutor)
+    assert isinstance(executor, Graphed)
     assert executor.replayed >= 5 or executor.reason, executor.reason

@@ -143,7 +143,7 @@ def train(
         bool,
         Option(
             "--cuda-graphs",
-            help="With --device cuda, replay steps from CUDA graphs; not with --streams.",
+            help="With --device cuda, replay steps from CUDA graphs, with a branch for each of --streams.",
             rich_help_panel=_TRAINING,
         ),
     ] = False,

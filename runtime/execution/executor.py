@@ -45,6 +45,10 @@ class SerialExecutor(BoundModel):
         """Whether it is still being measured if such a step had better wait."""
         return False
 
+    def captures(self) -> bool:
+        """Whether what is being done goes into a graph: nothing may wait for a number then."""
+        return False
+
     def run(self, given: StepInput) -> StepResult:
         """One step; raises NonFiniteLossError, and whatever the loss raises."""
         step = Step(self, given)

@@ -7,7 +7,7 @@ import torch
 from ...compiler.program import CompiledModel
 from ...passes.errors import OptionError
 from .executor import SerialExecutor
-from .graphs import GraphedExecutor
+from .graphs import GraphedExecutor, GraphedStreams
 from .streams import StreamedExecutor
 from .threads import ThreadedExecutor
 
@@ -15,11 +15,11 @@ from .threads import ThreadedExecutor
 def make_executor(
     compiled: CompiledModel, sigmas: list[float], workers: int, streams: int, cuda_graphs: bool = False
 ) -> SerialExecutor:
-    """On a GPU that of `streams` or `cuda_graphs`, on a CPU that of `workers`, if there is more than one; else the
-    serial one.
+    """On a GPU that of `streams`, on a CPU that of `workers`, if there is more than one; else the serial one. On a GPU
+    its steps may be replayed from `cuda_graphs`.
 
     Raises:
-        OptionError: `streams` or `cuda_graphs` on a CPU, which has none; or both.
+        OptionError: `streams` or `cuda_graphs` on a CPU, which has none.
     """
     devices = {leaf[2] for leaf in compiled.captured.signature.leaves if isinstance(leaf, tuple)}
     on_cpu = torch.device("cpu") in devices
@@ -33,13 +33,8 @@ def make_executor(
             "cuda_graphs=True: the example inputs are on the CPU, and graphs are a GPU's. Compile the model and the "
             "inputs on a GPU, or leave it out."
         )
-    if cuda_graphs and streams > 1:
-        raise OptionError(
-            f"cuda_graphs=True with streams={streams}: a replayed step is issued as a whole, which leaves nothing for "
-            "streams to share. Choose one of them."
-        )
+    if streams > 1:
+        return (GraphedStreams if cuda_graphs else StreamedExecutor)(compiled, sigmas, streams)
     if cuda_graphs:
         return GraphedExecutor(compiled, sigmas)
-    if streams > 1:
-        return StreamedExecutor(compiled, sigmas, streams)
     return SerialExecutor(compiled, sigmas) if workers == 1 else ThreadedExecutor(compiled, sigmas, workers)

@@ -41,6 +41,7 @@ from .captured import StepGraph, Watched, capture, difference, own_feedback, own
 from .executor import SerialExecutor
 from .precision import autocast_dtypes
 from .step import Step, StepInput, StepResult
+from .streams import StreamedExecutor
 from .watched_loss import WatchedLoss
 
 MOST_GRAPHS = 4
@@ -50,17 +51,17 @@ MOST_CAPTURES = 16
 """Captures, with the same σ, after which a model whose tensors keep moving goes without graphs."""
 
 
-class GraphedExecutor(SerialExecutor):
-    """The serial executor, with steps replayed from CUDA graphs. The tensors of a replayed step's result are
-    overwritten by the next, but for what was learned.
+class Graphed(SerialExecutor):
+    """An executor's steps replayed from CUDA graphs, in front of the class that does them otherwise. The tensors of a
+    replayed step's result are overwritten by the next, but for what was learned.
 
     Attributes:
         reason: what speaks against graphs of this program altogether; empty if nothing does.
         captured, replayed: how many graphs and steps were.
     """
 
-    def __init__(self, compiled: CompiledModel, sigmas: list[float]) -> None:
-        super().__init__(compiled, sigmas)
+    def __init__(self, compiled: CompiledModel, sigmas: list[float], *others: Any) -> None:
+        super().__init__(compiled, sigmas, *others)
         self.reason = _reason(compiled)
         self.captured = self.replayed = 0
         self._graphs: dict[Any, StepGraph | None] = {}
@@ -74,6 +75,12 @@ class GraphedExecutor(SerialExecutor):
         self._own: FeedbackState | None = None
         """What `_learned` holds, where all graphs read it."""
         self._watched: Watched | None = None
+
+    def waits(self, *, perturbed: bool) -> str:
+        return "a replayed step is issued as a whole"
+
+    def measures(self, *, perturbed: bool) -> bool:
+        return False
 
     def execute(self, step: Step, plan: Sequence[Action]) -> None:
         """A step by its graph: the second of its kind captures it, the third is the first replayed."""
@@ -113,6 +120,9 @@ class GraphedExecutor(SerialExecutor):
             self._try(lambda: self._capture(kind, loss, watch.own, given, step.result, plan))
         elif len(self._graphs) < MOST_GRAPHS:
             self._graphs[kind] = None
+
+    def captures(self) -> bool:
+        return self._watched is not None
 
     def demand_finite(self, values: Tensor, fail: Callable[[], NoReturn]) -> None:
         """Not while a graph is captured, which cannot wait for a number: after each replay."""
@@ -160,10 +170,10 @@ class GraphedExecutor(SerialExecutor):
             self._watched = Watched()
             step = Step(self, replace(own, environment=dict(own.environment)))
             if own.output_gradient is None:
-                super(GraphedExecutor, self).execute(step, plan)
+                super(Graphed, self).execute(step, plan)
             else:
                 with own.output_gradient.unchecked():
-                    super(GraphedExecutor, self).execute(step, plan)
+                    super(Graphed, self).execute(step, plan)
             return step.result
 
         try:
@@ -218,6 +228,14 @@ class GraphedExecutor(SerialExecutor):
         """Drop all graphs, as when σ was measured anew."""
         self._graphs, self._unproved = {}, {}
         self._sigmas, self._left = list(self.sigmas), MOST_CAPTURES
+
+
+class GraphedExecutor(Graphed, SerialExecutor):
+    """A graph of one kernel after the other."""
+
+
+class GraphedStreams(Graphed, StreamedExecutor):
+    """A graph with a branch a stream: tasks side by side, and none issued by Python."""
 
 
 class _WrongReplayError(Exception):

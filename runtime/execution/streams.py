@@ -114,7 +114,7 @@ class StreamedExecutor(SerialExecutor):
         try:
             try:
                 used = [streams[number] for number in sorted({issue.stream for issue in chosen.issues})]
-                with _joined(caller, used):
+                with _joined(caller, used, both_ways=not self.captures()):
                     self._issue(step, chosen, streams, module)
             except Exception:
                 self._check_now(caller)
@@ -167,9 +167,10 @@ def lend(tensor: Tensor, stream: Any) -> None:
 
 
 @contextmanager
-def _joined(caller: Any, streams: Sequence[Any]) -> Iterator[None]:
+def _joined(caller: Any, streams: Sequence[Any], *, both_ways: bool) -> Iterator[None]:
     """Streams that begin behind what the caller's was given so far. In the end it waits for them, and they for it: then
-    they are past everything that the step has read, whatever stream asked for its memory."""
+    they are past everything that the step has read, whatever stream asked for its memory. A graph that is captured ends
+    where all its branches have joined (not `both_ways`)."""
     begun = caller.record_event()
     for stream in streams:
         stream.wait_event(begun)
@@ -178,9 +179,10 @@ def _joined(caller: Any, streams: Sequence[Any]) -> Iterator[None]:
     finally:
         for stream in streams:
             caller.wait_event(stream.record_event())
-        ended = caller.record_event()
-        for stream in streams:
-            stream.wait_event(ended)
+        if both_ways:
+            ended = caller.record_event()
+            for stream in streams:
+                stream.wait_event(ended)
 
 
 def _made(step: Step, action: Action) -> Iterable[Tensor]:
