@@ -4,8 +4,8 @@
     python benchmarks/cuda_graphs.py --models mlp --steps clean perturbed --batch 32 --json graphs.json
 
 *clean* and *perturbed* are steps of learned feedback (*auto*) after 25 steps; *copies* are the joint likelihood ratio's
-with 16 copies, whose gradients need nothing but losses. All variants run in turn, A B C A B C …, and every ratio is
-formed within a round. On a CPU there are no graphs: ``--device cpu`` tries the program, without that column.
+with 16 copies, whose gradients need nothing but losses. *Branched* graphs have a branch for each stream. All variants
+run in turn, A B C A B C …, and every ratio is formed within a round. On a CPU there are no graphs: ``--device cpu`` tries the program, without that column.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import nn
 from onward import LikelihoodRatio, models
 from onward import compile as compile_program
 from onward.evidence.provenance import describe, machine
-from onward.runtime.execution.graphs import GraphedExecutor
+from onward.runtime.execution.graphs import Graphed
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (models.mlp, (1, 8, 8)),
@@ -62,21 +62,25 @@ class Row:
     issued_over_replayed: Spread | None
     replayed_over_backpropagation: Spread | None
     issued_over_backpropagation: Spread
+    branched_ms: Spread | None
+    """Replayed from a graph with a branch for each of several streams."""
+    replayed_over_branched: Spread | None
     reason: str
     """Why no step is replayed."""
 
 
-def measure(name: str, kind: str, batch: int, rounds: int, device: torch.device) -> Row:
+def measure(name: str, kind: str, batch: int, rounds: int, streams: int, device: torch.device) -> Row:
     """One kind of steps of one model."""
     make, shape = MODELS[name]
     images, target = torch.randn(batch, *shape, device=device), torch.randint(0, 10, (batch,), device=device)
     variants: dict[str, Callable[[], object]] = {}
     reason = "a CPU has no graphs"
-    for way in ("issued", "replayed") if device.type == "cuda" else ("issued",):
+    for way in ("issued", "replayed", "branched") if device.type == "cuda" else ("issued",):
         torch.manual_seed(0)
         program = compile_program(
-            make().to(device), images, loss=F.cross_entropy, estimator=STEPS[kind], cuda_graphs=way == "replayed"
-        )
+            make().to(device), images, loss=F.cross_entropy, estimator=STEPS[kind], cuda_graphs=way != "issued",
+            streams=streams if way == "branched" else 1,
+        )  # fmt: skip
 
         def step(program: Any = program) -> object:
             program.next_calibration = program.step_count + 1
@@ -88,12 +92,12 @@ def measure(name: str, kind: str, batch: int, rounds: int, device: torch.device)
         for _ in range(3):
             step()
         variants[way] = step
-        if isinstance(program.executor, GraphedExecutor):
+        if isinstance(program.executor, Graphed):
             reason = program.executor.reason or ("" if program.executor.replayed else "nothing was replayed")
     net = make().to(device)
     variants["backpropagation"] = lambda: F.cross_entropy(net(images), target).backward()
     times = interleave(variants, rounds, CLOCKS["wall"], device)
-    replayed = None if reason else times["replayed"]
+    replayed, branched = (None, None) if reason else (times["replayed"], times["branched"])
     return Row(
         name,
         kind,
@@ -102,6 +106,8 @@ def measure(name: str, kind: str, batch: int, rounds: int, device: torch.device)
         ratio(times["issued"], replayed) if replayed else None,
         ratio(replayed, times["backpropagation"]) if replayed else None,
         ratio(times["issued"], times["backpropagation"]),
+        in_ms(branched) if branched else None,
+        ratio(replayed, branched) if replayed and branched else None,
         reason,
     )
 
@@ -111,11 +117,20 @@ def table(rows: list[Row], batch: int) -> Table:
     shown = Table(title=f"A step of {batch} samples (medians, quartiles)", title_justify="left")
     shown.add_column("model")
     shown.add_column("step")
-    for heading in ("issued, ms", "replayed, ms", "issued ÷ replayed", "replayed ÷ backprop.", "issued ÷ backprop."):
+    headings = (
+        "issued, ms", "replayed, ms", "issued ÷ replayed", "replayed ÷ backprop.", "replayed ÷ branched",
+        "issued ÷ backprop.",
+    )  # fmt: skip
+    for heading in headings:
         shown.add_column(heading, justify="right")
     for row in rows:
-        columns = (row.issued_ms, row.replayed_ms, row.issued_over_replayed, row.replayed_over_backpropagation)
-        cells = [row.reason or "–" if each is None else each.show() for each in columns]
+        columns = (
+            row.issued_ms, row.replayed_ms, row.issued_over_replayed, row.replayed_over_backpropagation,
+            row.replayed_over_branched,
+        )  # fmt: skip
+        cells = ["–" if each is None else each.show() for each in columns]
+        if row.replayed_ms is None:
+            cells[1] = row.reason
         shown.add_row(row.model, row.step, *cells, row.issued_over_backpropagation.show())
     return shown
 
@@ -127,6 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), metavar="KIND")
     parser.add_argument("--batch", type=int, default=64, metavar="N")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--streams", type=int, default=4, help="branches of the graphs in the last variant")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     options = parser.parse_args(argv)
@@ -135,7 +151,9 @@ def main(argv: list[str] | None = None) -> None:
     found: dict[str, Any] = machine(device)
     console.print(describe(found), highlight=False)
     rows = [
-        measure(name, kind, options.batch, options.rounds, device) for name in options.models for kind in options.steps
+        measure(name, kind, options.batch, options.rounds, options.streams, device)
+        for name in options.models
+        for kind in options.steps
     ]
     console.print(table(rows, options.batch))
     if options.json is not None:
