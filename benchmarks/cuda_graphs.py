@@ -5,7 +5,8 @@
 
 *clean* and *perturbed* are steps of learned feedback (*auto*) after 25 steps; *copies* are the joint likelihood ratio's
 with 16 copies, whose gradients need nothing but losses. *Branched* graphs have a branch for each stream. All variants
-run in turn, A B C A B C …, and every ratio is formed within a round. On a CPU there are no graphs: ``--device cpu`` tries the program, without that column.
+run in turn, A B C A B C …, and every ratio is formed within a round. On a CPU there are no graphs: ``--device cpu``
+tries the program, without those columns.
 """
 
 from __future__ import annotations
@@ -129,8 +130,6 @@ def table(rows: list[Row], batch: int) -> Table:
             row.replayed_over_branched,
         )  # fmt: skip
         cells = ["–" if each is None else each.show() for each in columns]
-        if row.replayed_ms is None:
-            cells[1] = row.reason
         shown.add_row(row.model, row.step, *cells, row.issued_over_backpropagation.show())
     return shown
 
@@ -156,6 +155,8 @@ def main(argv: list[str] | None = None) -> None:
         for kind in options.steps
     ]
     console.print(table(rows, options.batch))
+    for reason in dict.fromkeys(row.reason for row in rows if row.reason):
+        console.print(f"Not replayed: {reason}.", highlight=False)
     if options.json is not None:
         result = {"machine": found, "batch": options.batch, "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(result, indent=2) + "\n")
