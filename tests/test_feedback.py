@@ -29,7 +29,7 @@ from onward.passes import ops
 from onward.passes.errors import CheckpointError, LossShapeError, NonFiniteLossError, OptionError, UnsupportedModelError
 from onward.passes.find_sites import Site
 from onward.passes.graph import Layout
-from onward.runtime.execution import step as step_module
+from onward.runtime.execution import bound
 from onward.runtime.feedback import FeedbackState, initial_state
 from onward.runtime.learning import learn
 from onward.runtime.loss import SampleLoss
@@ -715,13 +715,13 @@ def test_trust_is_what_holds_back_negated_feedback(monkeypatch: pytest.MonkeyPat
 
 def freeze_feedback(patch: pytest.MonkeyPatch) -> None:
     """It never learns any more; its trust is measured all the same."""
-    real = step_module.learn
+    real = bound.learn
 
     def measure(state: FeedbackState, *rest: Any) -> tuple[FeedbackState, Tensor]:
         learned, predicted = real(state, *rest)
         return replace(learned, jacobians=state.jacobians), predicted
 
-    patch.setattr(step_module, "learn", measure)
+    patch.setattr(bound, "learn", measure)
 
 
 def whole_loss(program: onward.Program, x: Tensor, y: Tensor) -> float:
