@@ -11,7 +11,7 @@ pip_install := $(bin)/python -m pip install --disable-pip-version-check -c const
 runtime := .venv/.runtime-installed
 dev := .venv/.dev-installed
 
-.PHONY: help demo test evidence lint format types check clean
+.PHONY: help demo test evidence gpu lint format types check clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z]+):.*  ## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -25,6 +25,9 @@ test: $(dev)  ## run the tests on two cores
 evidence: $(dev)  ## run every experiment of docs/evidence.md and write it anew (half an hour)
 	$(pip_install) -e '.[dev,mnist]'
 	$(bin)/python benchmarks/evidence
+
+gpu: $(dev)  ## on a GPU: its tests and its benchmarks, into gpu-results (ten minutes)
+	benchmarks/gpu.sh
 
 lint: $(dev)  ## check style and format
 	$(bin)/ruff check
