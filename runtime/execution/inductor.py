@@ -105,19 +105,22 @@ class InductorGraph:
         known.calls += 1
         if known.calls & (known.calls - 1) or _waits_forbidden():
             return known(arguments)
-        return self._compared(known, arguments)
+        return self._proved(known, arguments, self.plain(*arguments))
 
     def _first(self, kind: Kind, arguments: Sequence[Any]) -> Any:
         """Compile for this kind, if that is not one too many."""
         with _COMPILING:
             if kind not in self._known and len(self._known) < MOST_KINDS and not _waits_forbidden():
+                expected = self.plain(*arguments)
+                if kind_of(expected) is None:
+                    return expected
                 begun = time.perf_counter()
                 try:
                     made = _Compiled(self.module, arguments)
                 except Exception as error:  # whatever inductor or a compiler says: training goes on without
                     self.inductor.refuse(self.name, f"could not be compiled ({_said(error)})")
-                    return self.plain(*arguments)
-                result = self._compared(made, arguments)
+                    return expected
+                result = self._proved(made, arguments, expected)
                 if self.name not in self.inductor.refused:
                     self._known[kind] = made
                 self.inductor.compiled += 1
@@ -126,9 +129,8 @@ class InductorGraph:
         known = self._known.get(kind)  # another thread has compiled it meanwhile, or nobody
         return self.plain(*arguments) if known is None else known(arguments)
 
-    def _compared(self, made: _Compiled, arguments: Sequence[Any]) -> Any:
+    def _proved(self, made: _Compiled, arguments: Sequence[Any], expected: Sequence[Any]) -> Any:
         """What a compiled graph returns, if that is what plain FX does; else that."""
-        expected = self.plain(*arguments)
         try:
             found = made(arguments)
             wrong = _difference(output_keys(self.module), found, expected, tolerance((*arguments, *expected)))
