@@ -148,11 +148,13 @@ def test_every_graph_can_be_given_to_inductor(case: str, compiler: Compiler) -> 
         )  # noise past the dispatcher, which inductor would not see
 
 
-@pytest.mark.parametrize("make", [lambda *of: ThreadedExecutor(*of, 3), lambda *of: StreamedExecutor(*of, 2)])
+@pytest.mark.parametrize(("make", "many"), [(ThreadedExecutor, 3), (StreamedExecutor, 2)])
 @pytest.mark.parametrize("case", ["auto", "layerwise in chunks", "shrunk", "one copy at a time"])
-def test_other_executors_have_the_serial_bits(case: str, make: Callable[..., Any], compiler: Compiler) -> None:
+def test_other_executors_have_the_serial_bits(
+    case: str, make: Callable[..., Any], many: int, compiler: Compiler
+) -> None:
     plain, own, _ = programs(case)
-    executor = make(own.compiled, own.sigmas)
+    executor = make(own.compiled, own.sigmas, many)
     executor.use_inductor()
     executor.concurrent = executor.chases = True
     own.executor = executor
@@ -339,10 +341,23 @@ def test_how_far_rounding_goes() -> None:
     bits = torch.zeros(5000, dtype=torch.bool)
     few, many = bits.clone(), bits.clone()
     few[:5], many[:6] = True, True
-    assert inductor._same(few, bits, 0.0)
-    assert not inductor._same(many, bits, 0.0)
-    assert inductor._same(3, 3, 0.0)
-    assert not inductor._same(None, 3, 0.0)
+    nothing, large = torch.full((3,), 1e-7), torch.full((9,), -2.0)
+    unknown = torch.tensor([torch.nan, torch.inf, 1.0])
+    for found, expected, outputs, like in (
+        (few, bits, [], True),
+        (many, bits, [], False),
+        (3, 3, [], True),
+        (None, 3, [], False),
+        (x * 1.0003, x, [x], True),
+        (x * 1.001, x, [x], False),
+        (-nothing, nothing, [nothing, 3], False),
+        (-nothing, nothing, [nothing, 3, large], True),  # a sum that cancels, beside what was added
+        (-nothing * 1000, nothing, [nothing, large], False),
+        (unknown, unknown, [unknown], True),
+        (unknown * 2, unknown, [unknown], False),
+        (x, unknown, [unknown, large], False),
+    ):
+        assert inductor._same(found, expected, outputs, tolerance([x])) is like, (found, expected)
 
 
 # -------------------------------------------------------------------------------------------------------------- options
