@@ -7,8 +7,9 @@ and the same from run to run (``deterministic``: no choice is timed).
 
 A graph is compiled at its first call for tensors of a `Kind`: the same shapes, strides and dtypes, and the same numbers
 beside them, which become constants. There are at most `MOST_KINDS` of a graph, usually those of an epoch's batches and
-of its last; calls of any other kind go the plain way, as do those with gradients enabled, or under a mode that has to
-see the operations (fake tensors, ``torch.func``, a FLOP counter).
+of its last. Calls of any other kind go the plain way, as do those with gradients enabled, under a mode that has to see
+the operations (fake tensors, ``torch.func``, a FLOP counter), and of a graph that reads or returns something else, as a
+stage does that hands on the several results of one operator.
 
 **Proof before use, and after**: what a compiled graph returns is compared with plain FX on the same inputs at its first
 call, when much may still be zero, and at every power of two after it. If it differs, or inductor cannot compile it, a
@@ -105,7 +106,7 @@ class InductorGraph:
             return self.plain(*arguments)
         known = self._known.get(kind)
         if known is None:
-            return self._first(kind, arguments)
+            return self.plain(*arguments) if len(self._known) == MOST_KINDS else self._first(kind, arguments)
         known.calls += 1
         if known.calls & (known.calls - 1) or _waits_forbidden():
             return known(arguments)
