@@ -6,6 +6,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import command_line
@@ -58,10 +59,10 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
 
 
 @pytest.fixture
-def real(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def real(pytestconfig: pytest.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Inductor itself, with kernels of its own; the first run builds them, which takes twenty seconds."""
-    assert pytestconfig.cache is not None
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(pytestconfig.cache.mkdir("inductor")))
+    folder = tmp_path if pytestconfig.cache is None else pytestconfig.cache.mkdir("inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
     with config.patch(compile_threads=1):
         yield
 
@@ -94,13 +95,13 @@ def tiny(**options: Any) -> onward.Program:
     """Few kernels."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    estimator = onward.LikelihoodRatio.auto(reach=0, warmup=1, probe_every=3)
+    estimator = onward.LikelihoodRatio.feedback_learned(copies=2, warmup=1)
     return onward.compile(model, batch()[0], loss=F.cross_entropy, estimator=estimator, **options)
 
 
 @pytest.mark.usefixtures("real")
 def test_steps_are_those_of_plain_fx_to_rounding_and_repeat_to_the_bit() -> None:
-    sizes = [6] * 4 + [4] * 3 + [6] * 3
+    sizes = [6] * 3 + [4] * 2 + [6]
     plain, own, again = tiny(), tiny(inductor=True), tiny(inductor=True)
     expected, mine = steps(plain, sizes), steps(own, sizes)
     for one, other in zip(mine, expected, strict=True):
@@ -108,7 +109,7 @@ def test_steps_are_those_of_plain_fx_to_rounding_and_repeat_to_the_bit() -> None
     found = own.executor.inductor
     assert found is not None
     assert found.refused == {}
-    assert found.compiled > 6  # forwards and gradients of both kinds of step, and the perturbed run; some for two sizes
+    assert found.compiled == 6  # forward, perturbed run and gradients, for two sizes
     assert found.seconds > 0
     assert same(mine, steps(again, sizes))
 
@@ -134,11 +135,24 @@ def test_a_compiled_step_that_is_not_finite_fails_and_leaves_everything(bad: flo
 # ------------------------------------------------------------------------------------------- what is given to inductor
 
 
-@pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        "auto",
+        "layerwise in chunks",
+        "the paper's",
+        "stochastic",
+        "levels",
+        "one copy at a time",
+        "shrunk",
+        "batch statistics",
+        "a part of the batch, in chunks",
+        "weight noise",
+    ],
+)
 def test_every_graph_can_be_given_to_inductor(case: str, compiler: Compiler) -> None:
     plain, own, found = programs(case)
-    assert same(train(plain, case, 3), train(own, case, 3))
+    assert same(train(plain, case, 2), train(own, case, 2))
     assert found.refused == {}
     assert found.compiled == len(compiler.graphs) > 0
     for graph in compiler.graphs:
@@ -149,7 +163,7 @@ def test_every_graph_can_be_given_to_inductor(case: str, compiler: Compiler) -> 
 
 
 @pytest.mark.parametrize(("make", "many"), [(ThreadedExecutor, 3), (StreamedExecutor, 2)])
-@pytest.mark.parametrize("case", ["auto", "layerwise in chunks", "shrunk", "one copy at a time"])
+@pytest.mark.parametrize("case", ["auto", "shrunk", "one copy at a time"])
 def test_other_executors_have_the_serial_bits(
     case: str, make: Callable[..., Any], many: int, compiler: Compiler
 ) -> None:
@@ -158,7 +172,7 @@ def test_other_executors_have_the_serial_bits(
     executor.use_inductor()
     executor.concurrent = executor.chases = True
     own.executor = executor
-    assert same(train(plain, case, 4), train(own, case, 4))
+    assert same(train(plain, case, 3), train(own, case, 3))
     assert executor.inductor.compiled == len(compiler.graphs) > 0
 
 
