@@ -26,6 +26,7 @@ def compile(
     workers: int = 1,
     streams: int = 1,
     cuda_graphs: bool = False,
+    inductor: bool = False,
     memory: int | float | str | None = None,
 ) -> Program:
     """Compile `model` into a program that trains it without a backward pass.
@@ -57,6 +58,12 @@ def compile(
             run) keeps the memory of a step, and all together a copy of what feedback has learned; a step that cannot be
             captured goes on as without. With `streams` a graph has as many branches. Not together with `memory`, which
             does not count what graphs keep.
+        inductor: have torch's inductor compile the graphs of a step, each when it is first called
+            (`runtime.execution.inductor`): seconds for each, of which a model has from three to hundreds, most where
+            `workers` or `streams` keep tasks apart. Needs a C++ compiler on a CPU, Triton on a GPU. Results are those
+            without to rounding, not bit for bit, and the same from run to run. A graph that cannot be compiled, or
+            gives other numbers, stays as it is, with a warning. Each graph is compiled for up to four batch sizes;
+            others go as without. Not together with `memory`, which does not count what compiled graphs hold.
         memory: what a step on a batch of the example's size may take, beyond parameters, buffers, the batch, what
             feedback has learned and the optimizer's state: bytes, ``"2GiB"``, or a fraction of the device's memory
             (0.5). Chooses how many copies run side by side, by prediction (`runtime.memory`); in place of the
@@ -91,6 +98,13 @@ def compile(
             f"memory={memory!r} with cuda_graphs=True: the plan of a step does not count what graphs keep. Give the "
             "estimator a chunk instead."
         )
+    if not isinstance(inductor, bool):
+        raise OptionError(f"inductor={inductor!r}: it is True or False.")
+    if inductor and memory is not None:
+        raise OptionError(
+            f"memory={memory!r} with inductor=True: the plan of a step counts what operations hold one by one, not "
+            "what compiled graphs do. Give the estimator a chunk instead."
+        )
     if isinstance(estimator, Calibration):
         compiled = estimator.compile(model, example_inputs, unbatched=unbatched)
     else:
@@ -98,4 +112,6 @@ def compile(
     if memory is not None:
         available = parse_memory(memory, compiled.captured.signature.device)
         compiled = within(compiled, available, workers=max(workers, streams))
-    return Program(model, compiled, loss, seed, workers=workers, streams=streams, cuda_graphs=cuda_graphs)
+    return Program(
+        model, compiled, loss, seed, workers=workers, streams=streams, cuda_graphs=cuda_graphs, inductor=inductor
+    )

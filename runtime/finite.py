@@ -28,9 +28,13 @@ def all_finite(*tensors: Tensor) -> bool:
 def alike(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Whether two floating-point tensors are the same to `tolerance`, relative to each element and to the largest
     finite one: a sum in another order. NaN and infinities have to be the same."""
-    finite = expected[expected.isfinite()]
-    scale = float(finite.abs().max()) if finite.numel() else 0.0
-    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * largest(expected), equal_nan=True)
+
+
+def largest(values: Tensor) -> float:
+    """The largest finite element without its sign; 0 if there is none."""
+    finite = values[values.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -58,6 +58,11 @@ def measure(executor: SerialExecutor, given: StepInput) -> tuple[dict[int, Linea
 
     Reads `given` as a step would and writes nothing. Raises NonFiniteLossError if the unperturbed loss is not finite.
     """
+    with executor.uncompiled():
+        return _measure(executor, given)
+
+
+def _measure(executor: SerialExecutor, given: StepInput) -> tuple[dict[int, Linearity], float]:
     compiled = executor.compiled
     environment = executor.run_clean(given).environment
     returned = {node.meta.get("noise_of"): output.name for output, node in _returned(compiled)}

@@ -69,6 +69,7 @@ class Program:
         workers: int = 1,
         streams: int = 1,
         cuda_graphs: bool = False,
+        inductor: bool = False,
     ) -> None:
         self.model = model
         self.compiled = compiled
@@ -81,7 +82,7 @@ class Program:
         self.sigmas = resolve_sigmas(compiled.estimator.sigma, compiled.sites)
         self.next_probe = 0
         self.next_calibration = 0
-        self.executor = make_executor(compiled, self.sigmas, workers, streams, cuda_graphs)
+        self.executor = make_executor(compiled, self.sigmas, workers, streams, cuda_graphs, inductor)
         if streams == 1:  # streams issue every task apart
             self.executor.fused(self.executor.plan)  # made now, and not in the first steps
             if compiled.estimator.feedback == "learned":

@@ -34,8 +34,8 @@ COMMON = {
 }  # fmt: skip
 TRAIN = {
     "--model", "--recipe", "--epochs", "--batch-size", "--lr", "--optimizer", "--compare-bp", "--directory", "--resume",
-    "--workers", "--streams", "--cuda-graphs", "--memory", "--checkpoint-every", "--tensorboard", "--json",
-    "--save-onnx", "--quiet", "-q",
+    "--workers", "--streams", "--cuda-graphs", "--inductor", "--memory", "--checkpoint-every", "--tensorboard",
+    "--json", "--save-onnx", "--quiet", "-q",
 }  # fmt: skip
 FIDELITY = {
     "--sweep", "--replicates", "--learn", "--after", "--train", "--runs", "--batch-size", "--per-site", "--json",

@@ -147,6 +147,15 @@ def train(
             rich_help_panel=_TRAINING,
         ),
     ] = False,
+    inductor: Annotated[
+        bool,
+        Option(
+            "--inductor",
+            help="Have torch's inductor compile the graphs of a step, in the first steps: seconds to minutes. Needs a "
+            "C++ compiler, with --device cuda Triton; not with --memory.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = False,
     memory: Annotated[
         str | None,
         Option(
@@ -218,6 +227,7 @@ def train(
             workers=workers,
             streams=streams,
             cuda_graphs=cuda_graphs,
+            inductor=inductor,
             memory=memory,
         )
     check_loss(setup)

@@ -16,9 +16,12 @@ from torch import Tensor, fx
 
 from ...compiler.program import input_keys, output_keys
 from ..noise import cpu_kernels
+from .inductor import Inductor, InductorGraph
 
 Environment = dict[str, Any]
 """Values by binding key (`compiler.program.binding_key`)."""
+
+Function = Callable[..., Any]
 
 _aten = torch.ops.aten
 
@@ -65,12 +68,20 @@ def with_bindings(module: fx.GraphModule) -> fx.GraphModule:
 
 
 class BoundGraph:
-    """A graph with the names of what it reads and returns."""
+    """A graph with the names of what it reads and returns; `around` is put around its function."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.forward: Callable[..., Any] = with_bindings(module).forward
+    def __init__(self, module: fx.GraphModule, around: Callable[[Function], Function] | None = None) -> None:
+        self.module, self.around = module, around
         self.inputs = input_keys(module)
         self.outputs = output_keys(module)
+        self._call(with_bindings(module).forward)
+
+    def _call(self, function: Function) -> None:
+        self.forward = function if self.around is None else self.around(function)
+
+    def use_inductor(self, inductor: Inductor, name: str) -> None:
+        """Have it compiled. Inductor gets the operators, and not their bindings."""
+        self._call(InductorGraph(inductor, name, self.module, with_bindings(self.module).forward))
 
     def __call__(self, environment: Environment, *others: Environment) -> Environment:
         """Run on the first environment that has each input."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ...compiler.program import CompiledModel
 from ...passes.find_sites import Site
@@ -20,6 +21,7 @@ from ..noise.rows import Probe
 from ..plan import Action, Gradient, chunks, make_plan, with_updates
 from .bindings import BoundGraph
 from .fusion import Fused, fuse, fuse_plan
+from .inductor import Inductor
 from .lifetimes import lifetimes
 from .precision import outside_autocast
 
@@ -58,7 +60,10 @@ class BoundModel:
         self.device = compiled.captured.signature.device
         with_kernels = kernels.serves(self.device)
         self.gradients = {
-            g.site.index: (_bound_gradient(fuse_packed_gradients(g.module) if with_kernels else g.module), g)
+            g.site.index: (
+                BoundGraph(fuse_packed_gradients(g.module) if with_kernels else g.module, outside_autocast),
+                g,
+            )
             for g in compiled.gradients
         }
         self.reached = {index: reach.to(self.device) for index, reach in compiled.reached.items()}
@@ -69,6 +74,24 @@ class BoundModel:
         self.together: dict[tuple[bool, Fused], BoundGraph] = {}
         """The graphs of fused actions, by whether the step is perturbed (they return what others read), once needed."""
         self._fused_plans: dict[bool, tuple[Action | Fused, ...]] = {}
+        self.inductor: Inductor | None = None
+
+    def use_inductor(self) -> None:
+        """Have every graph compiled, each when it is first called (`execution.inductor`).
+
+        Raises:
+            OptionError: what inductor compiles with is missing.
+        """
+        self.inductor = Inductor(self.device)
+        named = {f"F{number}": stage for number, stage in enumerate(self.stages)}
+        named |= {f"P{number}": run for number, run in enumerate(self.runs)}
+        named |= {f"G{site}": graph for site, (graph, _) in self.gradients.items()}
+        for name, graph in named.items():
+            graph.use_inductor(self.inductor, name)
+
+    def uncompiled(self) -> AbstractContextManager[None]:
+        """With graphs in plain FX, for calls that no step makes."""
+        return nullcontext() if self.inductor is None else self.inductor.pause()
 
     def credited(self, weights: Tensor, site: int) -> Tensor:
         """Weights ``(draws, nodes)`` as those of a site's rows, each the sum over the nodes that it reaches; of the
@@ -88,8 +111,11 @@ class BoundModel:
             self._fused_plans[perturbed] = fuse_plan(self.compiled, plan, known)
             for action in self._fused_plans[perturbed]:
                 if isinstance(action, Fused):
-                    bind = _bound_gradient if isinstance(action.actions[0], Gradient) else BoundGraph
-                    self.together[perturbed, action] = bind(fuse(self.compiled, action, known))
+                    around = outside_autocast if isinstance(action.actions[0], Gradient) else None
+                    graph = BoundGraph(fuse(self.compiled, action, known), around)
+                    if self.inductor is not None:
+                        graph.use_inductor(self.inductor, f"{action}, {'' if perturbed else 'not '}perturbed")
+                    self.together[perturbed, action] = graph
         return self._fused_plans[perturbed]
 
     def learn(self, state: FeedbackState, probe: Probe, sites: list[Site]) -> tuple[FeedbackState, Tensor]:
@@ -100,9 +126,3 @@ class BoundModel:
         """Have `fail` raise unless all values are finite: here at once, and before a step ends in any case."""
         if not all_finite(values):
             fail()
-
-
-def _bound_gradient(module: fx.GraphModule) -> BoundGraph:
-    graph = BoundGraph(module)
-    graph.forward = outside_autocast(graph.forward)
-    return graph

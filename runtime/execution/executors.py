@@ -13,14 +13,28 @@ from .threads import ThreadedExecutor
 
 
 def make_executor(
-    compiled: CompiledModel, sigmas: list[float], workers: int, streams: int, cuda_graphs: bool = False
+    compiled: CompiledModel,
+    sigmas: list[float],
+    workers: int,
+    streams: int,
+    cuda_graphs: bool = False,
+    inductor: bool = False,
 ) -> SerialExecutor:
     """On a GPU that of `streams`, on a CPU that of `workers`, if there is more than one; else the serial one. On a GPU
-    its steps may be replayed from `cuda_graphs`.
+    its steps may be replayed from `cuda_graphs`. With `inductor` any of them has its graphs compiled.
 
     Raises:
-        OptionError: `streams` or `cuda_graphs` on a CPU, which has none.
+        OptionError: `streams` or `cuda_graphs` on a CPU, which has none; `inductor` without its compiler.
     """
+    executor = _executor(compiled, sigmas, workers, streams, cuda_graphs)
+    if inductor:
+        executor.use_inductor()
+    return executor
+
+
+def _executor(
+    compiled: CompiledModel, sigmas: list[float], workers: int, streams: int, cuda_graphs: bool
+) -> SerialExecutor:
     devices = {leaf[2] for leaf in compiled.captured.signature.leaves if isinstance(leaf, tuple)}
     on_cpu = torch.device("cpu") in devices
     if streams > 1 and on_cpu:
