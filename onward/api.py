@@ -56,8 +56,9 @@ def compile(
         cuda_graphs: on a GPU, replay steps from CUDA graphs (`runtime.execution.graphs`): for models whose kernels take
             less time than issuing them. Each of up to four kinds of steps (a batch size, with or without a perturbed
             run) keeps the memory of a step, and all together a copy of what feedback has learned; a step that cannot be
-            captured goes on as without. With `streams` a graph has as many branches. Not together with `memory`, which
-            does not count what graphs keep.
+            captured goes on as without. Numbers that a loss's code reads beside tensors stay as they were captured, but
+            for a comparison every 50 steps. With `streams` a graph has as many branches. Not together with `memory`,
+            which does not count what graphs keep.
         inductor: have torch's inductor compile the graphs of a step, each when it is first called
             (`runtime.execution.inductor`): seconds for each, of which a model has from three to hundreds, most where
             `workers` or `streams` keep tasks apart. Needs a C++ compiler on a CPU, Triton on a GPU. Results are those

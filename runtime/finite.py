@@ -31,6 +31,15 @@ def alike(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * largest(expected), equal_nan=True)
 
 
+NARROW_ROUNDING = 3e-2
+"""`rounding_of` of bfloat16 and float16."""
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """A tolerance for `alike` of sums in another order, with few more roundings than one would have."""
+    return NARROW_ROUNDING if torch.finfo(dtype).bits < 32 else 1e-3
+
+
 def largest(values: Tensor) -> float:
     """The largest finite element without its sign; 0 if there is none."""
     finite = values[values.isfinite()]

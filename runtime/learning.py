@@ -199,7 +199,7 @@ def _counted(means: Tensor) -> int | Tensor:
 
 
 def _moved(before: Tensor, change: Tensor, scale: Tensor, size: Any) -> Tensor:
-    """``before + change * scale * size``, with the same bits for a size on the host and on a GPU."""
+    """``before + change * scale * size``; in float32 with the same bits for a size on the host and on a GPU."""
     if isinstance(size, float):
         return torch.addcmul(before, change, scale, value=size)
     return torch.addcmul(before, change * size, scale)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..passes import ops
 from .execution.precision import autocast_dtypes
-from .finite import alike
+from .finite import alike, rounding_of
 from .loss import SampleLoss
 from .targets import repeat_target
 from .traced_loss import LossInputs, NoDerivativeError, TracedLoss, differentiate, trace_loss
@@ -205,4 +205,4 @@ def _is_floating(leaf: Any) -> bool:
 
 def _alike(now: Tensor, then: Tensor) -> bool:
     """Whether two results are the same to rounding; a graph and its code may round 16 bits differently."""
-    return alike(now, then.to(now.dtype), 3e-2 if torch.finfo(then.dtype).bits < 32 else 1e-3)
+    return alike(now, then.to(now.dtype), rounding_of(then.dtype))

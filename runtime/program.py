@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..compiler.probe import copy_of
 from ..compiler.program import CompiledModel
 from ..compiler.site_options import resolve_sigmas
 from ..passes.errors import BatchError, OutOfMemoryError
@@ -36,6 +35,7 @@ from .noise import weights as _weight_noise  # noqa: F401
 from .output_gradient import OutputGradient
 from .program_state import restore, saved
 from .sampling import sampled
+from .step_loss import StepLoss
 from .targets import num_rows, target_leaves
 from .whole_loss import WholeLoss
 
@@ -328,33 +328,10 @@ class Program:
         environment.update((key, value.to(device, non_blocking=True)) for key, value in own.items())
         return environment
 
-    def loss_of(self, target: Any, device: torch.device) -> Any:
-        """`StepInput.loss`; of a perturbed part of the batch the samples are its first."""
-        spec = self.compiled.captured.out_spec
-
-        def per_sample(leaves: list[Any], copies: int, samples: int) -> Tensor:
-            assert isinstance(self.loss, SampleLoss)
-            output = pytree.tree_unflatten(leaves, spec)
-            losses = self.loss(output, self.loss.repeat(target, copies, samples), copies * samples)
-            return losses.reshape(copies, samples).to(device)
-
-        def batch(leaves: list[Any], copies: int, samples: int) -> Tensor:
-            rows = [
-                pytree.tree_unflatten(
-                    [copy_of(leaf, layout, row, copies) for leaf, layout in zip(leaves, self._layouts, strict=True)],
-                    spec,
-                )
-                for row in range(copies)
-            ]
-            return torch.stack([self.loss(output, target, samples) for output in rows]).reshape(copies, 1).to(device)
-
-        def by_node(leaves: list[Any], copies: int, samples: int) -> Tensor:
-            assert isinstance(self.loss, WholeLoss)
-            return self.loss.of_nodes(pytree.tree_unflatten(leaves, spec), target).to(device)
-
-        if self.compiled.credits_nodes:
-            return by_node
-        return per_sample if self._per_sample else batch
+    @property
+    def loss_of(self) -> StepLoss:
+        """`StepInput.loss` for any target."""
+        return StepLoss(self.loss, self.compiled.captured.out_spec, self._layouts, self.compiled.credits_nodes)
 
     def _warms_up(self) -> bool:
         """Whether feedback is still learned before the weights move; without a noise point (a reach beyond the last)

@@ -98,7 +98,7 @@ def written(operator: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mappin
     arguments = operator._schema.arguments
     given = [*zip(arguments, args, strict=False), *((a, kwargs.get(a.name)) for a in arguments)]
     values = [value for argument, value in given if argument.alias_info is not None and argument.alias_info.is_write]
-    return pytree.tree_leaves(values)
+    return [leaf for leaf in pytree.tree_leaves(values) if leaf is not None]
 
 
 def _root(node: fx.Node) -> fx.Node:

@@ -1,7 +1,8 @@
 """A CUDA graph for a CPU: the operations of a function on a tape, which is played again on the same memory.
 
 Played again an operation reads and writes the tensors that it read and wrote; whatever Python knew when it was recorded
-(a number, another step's tensor) stays as it was, as in a graph. What a capturing stream does not allow is refused.
+(a number, another step's tensor) stays as it was, as in a graph. A number that is read is refused, as by a stream that
+captures; what else such a one does not allow (to bring memory to the GPU) has no likeness on a CPU.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Tape(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("operation not permitted when stream is capturing")
         found = func(*args, **(kwargs or {}))
-        self.operations.append((func, args, kwargs or {}, pytree.tree_leaves(found)))
+        if torch.Tag.inplace_view not in func.tags:  # a tensor keeps the shape that it came to have
+            self.operations.append((func, args, kwargs or {}, pytree.tree_leaves(found)))
         return found
 
     def play(self) -> None:
@@ -36,7 +38,7 @@ class Tape(TorchDispatchMode):
             }
             for new, result in zip(pytree.tree_leaves(func(*args, **kwargs)), results, strict=True):
                 if isinstance(result, Tensor) and result.untyped_storage()._cdata not in read:  # no view, not in place
-                    result.copy_(new)
+                    result.as_strided(new.shape, new.stride()).copy_(new)
 
 
 def capture(function: Callable[[], Result], device: torch.device) -> tuple[Result, Callable[[], None]]:
@@ -46,7 +48,7 @@ def capture(function: Callable[[], Result], device: torch.device) -> tuple[Resul
         result = function()
 
     def replay() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):  # what was recorded is behind autocast
             tape.play()
 
     return result, replay

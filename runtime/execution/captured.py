@@ -6,7 +6,9 @@ each graph, to which it is copied; parameters and buffers are read where the mod
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -15,15 +17,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..feedback import FeedbackState
-from ..finite import alike, all_finite
+from ..finite import NARROW_ROUNDING, alike, all_finite, rounding_of
 from ..learning import Lesson, broken, learned
 from ..traced_loss import TracedLoss
 from .bindings import Environment
+from .precision import autocast_dtypes, outside_autocast
 from .step import StepInput, StepResult
-
-TOLERANCE = 1e-3
-"""Largest difference of a replay from the step itself, of the largest finite element: libraries may sum in another
-order."""
 
 Result = TypeVar("Result")
 
@@ -32,19 +31,22 @@ def capture(function: Callable[[], Result], device: torch.device) -> tuple[Resul
     """What `function` returns, tensors that a call of the second result computes anew where they stand.
 
     The function runs twice: first as it is, so that libraries have made what they keep, with waits for the GPU
-    forbidden. Both times on a stream that no other graph has: cuBLAS keeps a workspace a stream. Other threads, as a
-    loader's that pins memory, may go on meanwhile (``thread_local``).
+    forbidden (in all threads, which torch does not tell apart there). Both times on a stream that no other graph has:
+    cuBLAS keeps a workspace a stream. While it is captured other threads, as a loader's that pins memory, may go on
+    (``thread_local``).
+
+    Raises:
+        NotReadyError: the first run failed, so that nothing was captured.
     """
-    before, waits = torch.cuda.current_stream(device), torch.cuda.get_sync_debug_mode()
+    before = torch.cuda.current_stream(device)
     with torch.cuda.device(device):
         aside = torch.cuda.Stream()
         aside.wait_stream(before)
-        try:
-            torch.cuda.set_sync_debug_mode("error")
-            with torch.cuda.stream(aside):
+        with _without_waits(), torch.cuda.stream(aside):
+            try:
                 function()
-        finally:
-            torch.cuda.set_sync_debug_mode(waits)
+            except Exception as error:
+                raise NotReadyError(f"{type(error).__name__}: {error}") from error
         before.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -53,10 +55,24 @@ def capture(function: Callable[[], Result], device: torch.device) -> tuple[Resul
         finally:
             torch.cuda.set_stream(before)  # which a capture that fails would leave on the other
 
-    def replay(stream: torch.cuda.Stream = aside) -> None:  # the stream lives as long as the graph
-        graph.replay()
+    return result, graph.replay
 
-    return result, replay
+
+class NotReadyError(Exception):
+    """A step that is to be captured cannot do without a wait for the GPU, or fails."""
+
+
+@contextmanager
+def _without_waits() -> Iterator[None]:
+    """With an error where the host would wait for the GPU."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 @dataclass
@@ -107,14 +123,16 @@ class StepGraph:
             if broken(numbers):
                 return None
             jacobians = {site: jacobian.clone() for site, jacobian in lesson.jacobians.items()}
-            feedback = learned(feedback, replace(lesson, jacobians=jacobians), numbers)
+            feedback = outside_autocast(learned)(feedback, replace(lesson, jacobians=jacobians), numbers)
         return replace(self.result, feedback=feedback)
 
     def spoil(self) -> None:
         """Overwrite the result, but for what may be the model's or the batch's own memory: a replay that does nothing
         shows."""
         held = {value.untyped_storage().data_ptr() for value in read_by(self.given.environment).values()}
-        for value in named(self.result, learned=self.watched.lesson is not None).values():
+        lesson = self.watched.lesson
+        made = [*named(self.result).values(), *(() if lesson is None else lesson.jacobians.values())]
+        for value in made:
             if value.is_contiguous() and value.untyped_storage().data_ptr() not in held:
                 value.fill_(torch.nan if value.is_floating_point() else 1)
 
@@ -148,6 +166,10 @@ def own_input(given: StepInput, feedback: FeedbackState | None) -> StepInput:
     return replace(given, environment=environment, loss=loss, target=target, feedback=feedback)
 
 
+def own_target(given: StepInput) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(given.target) if isinstance(leaf, Tensor)]
+
+
 def own_feedback(state: FeedbackState) -> FeedbackState:
     """What was learned, in tensors of its own."""
     basis = state.basis
@@ -165,25 +187,36 @@ def copy_given(given: StepInput, own: StepInput) -> None:
     for key, value in own.environment.items():
         if key.startswith(_BATCH) and isinstance(value, Tensor):
             value.copy_(given.environment[key], non_blocking=True)
-    for value, other in zip(pytree.tree_leaves(own.target), pytree.tree_leaves(given.target), strict=True):
+    for value, other in zip(own_target(own), own_target(given), strict=True):
         value.copy_(other, non_blocking=True)
 
 
-def named(result: StepResult, *, learned: bool) -> dict[str, Tensor]:
-    """What a step gives, by what it is; with what it has `learned`."""
+def named(result: StepResult) -> dict[str, Tensor]:
+    """What a step gives, by what it is, but for what it has learned."""
     found = {"losses": result.losses}
     found |= {f"gradient of {name}": value for name, value in result.gradients.items()}
-    found |= {f"buffer {name}": value for name, value in result.buffers.items()}
-    if learned and result.feedback is not None:
-        found |= {f"feedback of noise point {site}": value for site, value in result.feedback.jacobians.items()}
-    return found
+    return found | {f"buffer {name}": value for name, value in result.buffers.items()}
 
 
-def difference(found: StepResult, expected: StepResult, *, learned: bool = False) -> str:
-    """The first of a step's tensors that differs, in words; nothing."""
-    mine = named(found, learned=learned)
-    for name, other in named(expected, learned=learned).items():
+def _jacobians(state: FeedbackState | None) -> dict[str, Tensor]:
+    """Of all outputs: a basis may lie in other ways along the same directions."""
+    if state is None:
+        return {}
+    basis = None if state.basis is None else state.basis.leading.T
+    return {f"feedback of noise point {k}": j if basis is None else j @ basis for k, j in state.jacobians.items()}
+
+
+def difference(found: StepResult, expected: StepResult) -> str:
+    """The first of a step's tensors that differs by more than rounding (libraries may sum in another order), in words;
+    nothing."""
+    mine = named(found) | _jacobians(found.feedback)
+    for name, other in (named(expected) | _jacobians(expected.feedback)).items():
         floating = other.is_floating_point()
-        if not (alike(mine[name], other, TOLERANCE) if floating else torch.equal(mine[name], other)):
+        if not (alike(mine[name], other, rounding(other)) if floating else torch.equal(mine[name], other)):
             return name
     return ""
+
+
+def rounding(value: Tensor) -> float:
+    """How far sums in another order may be apart (`finite.alike`); within autocast those of 16 bits are behind all."""
+    return NARROW_ROUNDING if autocast_dtypes() else rounding_of(value.dtype)

@@ -9,22 +9,26 @@ Noise is keyed by the step, and a key is one of the things that are put where a 
 other noise. What has to be looked at (losses that are finite, how well feedback predicted) is looked at after a replay;
 where a step does something else then, it is done again, operation by operation.
 
-Not captured is a step whose loss draws numbers, remembers something, looks at numbers or is called in every step, or
-one that reads a number of the CPU's, which a graph would hold for ever; feedback's first steps, which are longer.
+The first two steps of a kind warm up, and a loss whose code runs in the step is watched meanwhile (`watched_loss`); the
+second is captured. Not captured are steps whose loss does more than compute on the GPU, and feedback's first learning
+steps, which are longer. What a loss's code knows beside tensors (a number, which tensor) is as it was at the capture.
 
-**Proof before use, and after**: the first replay of every graph is compared with the same step done operation by
-operation, and again every `CHECK_EVERY` steps, when the loss's code is compared with its own graph, too. If it differs,
-or torch cannot capture it, a warning says so and steps go on as without graphs. After a capture that fails torch
-promises little: what would spoil one, a wait for the GPU, is looked for in a run before it.
+**Proof before use, and after**: a graph is compared with the step that it was captured for, with the next, which has
+another batch and key, and again every `CHECK_EVERY` steps, when a traced loss is compared with its code, too. One that
+differs at first, or cannot be captured, is not used: a warning says so, and steps go on as without graphs. One that
+comes to differ is captured anew, once. After a capture that fails torch promises little, and may keep its memory.
 """
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -32,14 +36,26 @@ from ...compiler.program import CompiledModel
 from ...passes.find_sites import Site
 from ..feedback import FeedbackState
 from ..learning import SLOW_STEP, pace, teach
+from ..memory.shortage import is_out_of_memory
 from ..noise.rows import Probe
 from ..noise.words import holding
 from ..output_gradient import CHECK_EVERY
 from ..plan import Action
 from ..traced_loss import TracedLoss
-from .captured import StepGraph, Watched, capture, difference, own_feedback, own_input, read_by, stands
+from .captured import (
+    NotReadyError,
+    StepGraph,
+    Watched,
+    capture,
+    difference,
+    own_feedback,
+    own_input,
+    own_target,
+    read_by,
+    stands,
+)  # fmt: skip
 from .executor import SerialExecutor
-from .precision import autocast_dtypes
+from .precision import autocast_dtypes, uncached_autocast
 from .step import Step, StepInput, StepResult
 from .streams import StreamedExecutor
 from .watched_loss import WatchedLoss
@@ -50,6 +66,12 @@ MOST_GRAPHS = 4
 MOST_CAPTURES = 16
 """Captures, with the same σ, after which a model whose tensors keep moving goes without graphs."""
 
+MOST_ATTEMPTS = 3
+"""Captures that may fail before anything is captured."""
+
+MOST_KINDS = 64
+"""Kinds of steps that are remembered without a graph."""
+
 
 class Graphed(SerialExecutor):
     """An executor's steps replayed from CUDA graphs, in front of the class that does them otherwise. The tensors of a
@@ -57,18 +79,22 @@ class Graphed(SerialExecutor):
 
     Attributes:
         reason: what speaks against graphs of this program altogether; empty if nothing does.
+        refused: what speaks against graphs of a kind of steps, by kind.
         captured, replayed: how many graphs and steps were.
     """
 
     def __init__(self, compiled: CompiledModel, sigmas: list[float], *others: Any) -> None:
         super().__init__(compiled, sigmas, *others)
         self.reason = _reason(compiled)
+        self.refused: dict[Any, str] = {}
         self.captured = self.replayed = 0
-        self._graphs: dict[Any, StepGraph | None] = {}
-        """By what a graph was captured for; None after the first step of a kind, which warms up."""
+        self._graphs: dict[Any, StepGraph] = {}
+        self._since: dict[Any, int] = {}
+        """By kind, replays since a graph was last compared with a step; `CHECK_EVERY` where it is due to be."""
+        self._warm: dict[Any, list[Tensor]] = {}
+        """Kinds of steps that were seen once, and what their loss read of its own."""
         self._left = MOST_CAPTURES
-        self._unproved: dict[Any, int] = {}
-        """By kind, replays since the last that was compared."""
+        self._changed = 0
         self._sigmas: list[float] = []
         """σ that the graphs have."""
         self._learned: FeedbackState | None = None
@@ -82,14 +108,29 @@ class Graphed(SerialExecutor):
     def measures(self, *, perturbed: bool) -> bool:
         return False
 
+    def run(self, given: StepInput) -> StepResult:
+        """A step. If it runs out of memory while graphs hold some, it is done again without them."""
+        environment = dict(given.environment)
+        try:
+            return super().run(given)
+        except BaseException as error:
+            if not self._graphs or not is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
+        self._refuse("holds memory that a step needs")
+        if given.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return super().run(replace(given, environment=environment))
+
     def execute(self, step: Step, plan: Sequence[Action]) -> None:
-        """A step by its graph: the second of its kind captures it, the third is the first replayed."""
+        """A step by its graph: the second of its kind captures it, the third proves it once more, the fourth is the
+        first replayed."""
         given = step.given
-        if self.reason or self.record is not None or not self._fits(given, plan):
-            super().execute(step, plan)
-            return
         if self._sigmas != self.sigmas:
             self._forget()
+        if self.reason or self.record is not None or not self._ready(given, plan) or _kind(given) in self.refused:
+            super().execute(step, plan)
+            return
         kind = _kind(given)
         graph = self._graphs.get(kind)
         stays = graph is not None and graph.stands == stands(given.environment)
@@ -97,29 +138,43 @@ class Graphed(SerialExecutor):
             self._place(given.feedback)
             result = graph.run(given)
             if result is not None:
-                step.result, step.clean = result, result.losses
+                step.result = result
                 if given.output_gradient is not None:
                     given.output_gradient.answered()
-                self._unproved[kind] += 1
+                self._since[kind] += 1
                 self.replayed += 1
                 return
-        watch = WatchedLoss(given.loss, given.device)
-        if kind in self._graphs:
+        watch = WatchedLoss(given.loss, given.device, given.target)
+        if graph is None and len(self._graphs) < MOST_GRAPHS:
             step.given = replace(given, loss=watch)
         super().execute(step, plan)
-        if step.result.feedback is not None and step.result.feedback.overshoot != 1:
-            return  # more was done than graphs do
+        more = given.perturbed and step.result.feedback is not None and step.result.feedback.overshoot != 1
+        if more or (graph is None and len(self._graphs) == MOST_GRAPHS):
+            return
         loss = None if given.output_gradient is None else given.output_gradient.last
-        if watch.objection or (given.output_gradient is not None and not _is_plain(loss, given)):
+        if graph is not None and stays and graph.loss is loss:
+            self._try(kind, lambda: self._prove(graph, kind, given, step.result))
+        elif self._accepts(kind, loss, watch, given):
+            held = watch.own if graph is None else graph.held
             self._graphs.pop(kind, None)
-        elif graph is not None and stays and graph.loss is loss:
-            self._try(lambda: self._prove(graph, kind, given, step.result))
-        elif kind in self._graphs and not self._left:
+            self._try(kind, lambda: self._capture(kind, loss, held, given, step.result, plan))
+
+    def _accepts(self, kind: Any, loss: TracedLoss | None, watch: WatchedLoss, given: StepInput) -> bool:
+        """Whether a graph of such steps is to be captured now: nothing speaks against it, and it is not the first."""
+        objection = watch.objection or _objection(loss, given)
+        if kind in self._warm and watch.has_other(self._warm[kind]):
+            objection = objection or "the loss reads another tensor of its own in every step"
+        if objection:
+            self._graphs.pop(kind, None)
+            self.refused = dict(list(self.refused.items())[1 - MOST_KINDS :]) | {kind: objection}
+            return False
+        if kind not in self._warm:
+            self._warm = dict(list(self._warm.items())[1 - MOST_KINDS :]) | {kind: watch.own}
+            return False
+        if not self._left:
             self._refuse("would have to be captured again and again: the model's parameters or buffers keep moving")
-        elif kind in self._graphs:
-            self._try(lambda: self._capture(kind, loss, watch.own, given, step.result, plan))
-        elif len(self._graphs) < MOST_GRAPHS:
-            self._graphs[kind] = None
+            return False
+        return True
 
     def captures(self) -> bool:
         return self._watched is not None
@@ -139,18 +194,15 @@ class Graphed(SerialExecutor):
         self._watched.lesson = lesson
         return replace(state, jacobians=lesson.jacobians), lesson.loss
 
-    def _fits(self, given: StepInput, plan: Sequence[Action]) -> bool:
-        """Whether a step is one of the plans', once feedback learns at its last pace, and all that it reads is on its
-        device: a number on the CPU would be a constant of the graph."""
-        leaves = [*pytree.tree_leaves(given.target), *read_by(given.environment).values()]
-        same = all(isinstance(leaf, Tensor) and leaf.device == given.device for leaf in leaves)
+    def _ready(self, given: StepInput, plan: Sequence[Action]) -> bool:
+        """Whether a step is one of the plans', once feedback learns at its last pace."""
         settled = given.feedback is None or plan is self.clean_plan or pace(given.feedback) == SLOW_STEP
-        return same and settled and any(plan is each for each in (self.plan, self.clean_plan))
+        return settled and any(plan is each for each in (self.plan, self.clean_plan))
 
     def _answers(self, graph: StepGraph, kind: Any, given: StepInput) -> bool:
         """Whether a graph may be replayed for a step: its loss is still the same, and no comparison is due."""
         answers = given.output_gradient is None or given.output_gradient.answers(graph.loss)
-        return answers and self._unproved[kind] + 1 < CHECK_EVERY
+        return answers and self._since[kind] + 1 < CHECK_EVERY
 
     def _capture(
         self,
@@ -161,30 +213,30 @@ class Graphed(SerialExecutor):
         expected: StepResult,
         plan: Sequence[Action],
     ) -> None:
-        """Capture the graph of such steps, proved by this one's result."""
-        self.captured += 1
+        """Capture the graph of such steps, compared with this one's result."""
         self._left -= 1
         own = own_input(given, self._place(given.feedback))
 
         def run() -> StepResult:
             self._watched = Watched()
             step = Step(self, replace(own, environment=dict(own.environment)))
-            if own.output_gradient is None:
+            unchecked = nullcontext() if own.output_gradient is None else own.output_gradient.unchecked()
+            with unchecked, uncached_autocast():
                 super(Graphed, self).execute(step, plan)
-            else:
-                with own.output_gradient.unchecked():
-                    super(Graphed, self).execute(step, plan)
             return step.result
 
         try:
             with holding() as words:
                 result, replay = capture(run, given.device)
             assert self._watched is not None
-            graph = StepGraph(own, loss, stands(given.environment), result, self._watched, [*held, *words], replay)
+            held = [*held, *words.values()]
+            graph = StepGraph(own, loss, stands(given.environment), result, self._watched, held, replay)
         finally:
             self._watched = None
+        self.captured += 1
         self._prove(graph, kind, given, expected)
         self._graphs[kind] = graph
+        self._since[kind] = CHECK_EVERY  # what was a constant by mistake shows in another step
 
     def _prove(self, graph: StepGraph, kind: Any, given: StepInput, expected: StepResult) -> None:
         """Raise unless a replay gives the result that is expected. It is spoiled before, so that a replay which does
@@ -192,10 +244,10 @@ class Graphed(SerialExecutor):
         self._place(given.feedback)
         graph.spoil()
         found = graph.run(given)
-        wrong = difference(graph.result if found is None else found, expected, learned=given.perturbed)
+        wrong = difference(graph.result if found is None else found, expected)
         if found is None or wrong:
             raise _WrongReplayError(wrong or "perturbed runs")
-        self._unproved[kind] = 0
+        self._since[kind] = 0
 
     def _place(self, feedback: FeedbackState | None) -> FeedbackState | None:
         """Have all graphs read what feedback has learned; it, with its tensors where they read them."""
@@ -209,12 +261,28 @@ class Graphed(SerialExecutor):
         self._learned = feedback
         return replace(feedback, jacobians=self._own.jacobians, basis=self._own.basis)
 
-    def _try(self, attempt: Callable[[], None]) -> None:
+    def _try(self, kind: Any, attempt: Callable[[], None]) -> None:
         """Go without graphs from now on if it fails."""
+        proved = self._since.get(kind, CHECK_EVERY) < CHECK_EVERY
         try:
             attempt()
         except _WrongReplayError as error:
-            self._refuse(f"gives other numbers for the {error}")
+            if not proved or self._changed:
+                self._refuse(f"gives other numbers for the {error}")
+                return
+            self._changed += 1
+            self._graphs.pop(kind, None)
+            self._since.pop(kind, None)
+            warnings.warn(
+                f"the CUDA graph of a step has come to give other numbers for the {error} than the step itself: the "
+                f"loss, or the model, reads something that has changed, which is noticed every {CHECK_EVERY} steps "
+                "only. It is captured anew. Give what changes as a tensor in the target, or as one that is written "
+                "into.",
+                stacklevel=2,
+            )
+        except NotReadyError as error:  # nothing was captured: a kernel may not be proved yet
+            if self._left <= MOST_CAPTURES - MOST_ATTEMPTS:
+                self._refuse(f"could not be captured ({error})")
         except Exception as error:  # whatever torch or a library says of a capture: training goes on without
             self._refuse(f"could not be captured ({type(error).__name__}: {error})")
 
@@ -222,11 +290,11 @@ class Graphed(SerialExecutor):
         self.reason = f"the CUDA graph of a step {wrong}"
         self._forget()
         self._own = self._learned = None
-        warnings.warn(f"{self.reason}. Steps go on without graphs, with the same results.", stacklevel=2)
+        warnings.warn(f"{self.reason}. Steps go on without graphs.", stacklevel=2)
 
     def _forget(self) -> None:
         """Drop all graphs, as when σ was measured anew."""
-        self._graphs, self._unproved = {}, {}
+        self._graphs, self._since, self._warm = {}, {}, {}
         self._sigmas, self._left = list(self.sigmas), MOST_CAPTURES
 
 
@@ -251,13 +319,31 @@ def _reason(compiled: CompiledModel) -> str:
     return ""
 
 
-def _is_plain(loss: TracedLoss | None, given: StepInput) -> bool:
-    """Whether the graph of a loss, if there is one, does nothing but compute on the step's device."""
-    return loss is not None and not (loss.draws or loss.remembers or any(x.device != given.device for x in loss.own))
+_CONSTANT = (Tensor, bool, int, float, str, type(None))
+"""Parts of a target: tensors, and what may be a constant of a graph."""
+
+
+def _objection(loss: TracedLoss | None, given: StepInput) -> str:
+    """What speaks against capturing a step, in words; nothing."""
+    away = any(value.device != given.device for value in (*own_target(given), *read_by(given.environment).values()))
+    if not all(isinstance(leaf, _CONSTANT) for leaf in pytree.tree_leaves(given.target)):
+        return "the target has parts that are neither tensors nor numbers"
+    if away:
+        return f"the batch or the target is not on {given.device}: a number there would be a constant of the graph"
+    if given.output_gradient is None:
+        return ""
+    if loss is None:
+        return "the loss is called in every step"
+    if loss.draws or loss.remembers:
+        return "the loss draws random numbers" if loss.draws else "the loss writes into tensors that it has not made"
+    other = any(value.device != given.device for value in loss.own)
+    return f"the loss computes on another device than {given.device}" if other else ""
 
 
 def _kind(given: StepInput) -> Any:
     """What steps have in common that one graph serves."""
     leaves, spec = pytree.tree_flatten(given.target)
-    shapes = tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves)
-    return given.perturbed, given.samples, spec, shapes, autocast_dtypes()
+    parts = [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    plain = all(isinstance(leaf, _CONSTANT) for leaf in leaves)
+    flags = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    return given.perturbed, given.samples, spec, tuple(parts) if plain else None, autocast_dtypes(), flags

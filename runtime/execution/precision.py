@@ -7,8 +7,8 @@ float32, and sum in it. Kernels of derivatives also refuse operands of two dtype
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +28,16 @@ def autocasting() -> list[str]:
 def autocast_dtypes() -> tuple[Any, ...]:
     """What of ``torch.autocast`` decides which operations a trace, or a capture, records."""
     return tuple((device, torch.get_autocast_dtype(device)) for device in autocasting())
+
+
+@contextmanager
+def uncached_autocast() -> Iterator[None]:
+    """Within the caller's autocast, casting weights anew: a cast that was made before would not be in a graph that is
+    captured, which would read it when it is gone."""
+    with ExitStack() as stack:
+        for device, dtype in autocast_dtypes():
+            stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+        yield
 
 
 def outside_autocast(function: Callable[..., Result]) -> Callable[..., Result]:

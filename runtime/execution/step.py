@@ -22,6 +22,7 @@ from ..feedback import FeedbackState
 from ..noise.rows import Probe
 from ..output_gradient import OutputGradient
 from ..plan import Action, Error, Forward, Gradient, Learn, Perturb, Update
+from ..step_loss import Losses, StepLoss
 from .bindings import BoundGraph, Environment
 from .bound import BoundModel
 from .fusion import Fused
@@ -75,15 +76,13 @@ class StepInput:
 
     environment: Environment
     """Parameters, buffers, constants, inputs, and ``runtime:key`` and ``runtime:sigmas``, by binding key."""
-    loss: Callable[[list[Any], int, int], Tensor]
-    """``(output leaves, copies, samples) -> losses``: ``(copies, samples)``, or ``(copies, 1)`` with batch credit; what
-    each node adds, ``(copies, nodes)``, where `CompiledModel.credits_nodes`."""
+    loss: Losses
     samples: int
     """Batch size N."""
     device: torch.device
     target: Any = None
-    loss_of: Callable[[Any, torch.device], Callable[[list[Any], int, int], Tensor]] | None = None
-    """`loss` for another target, its numbers on that device."""
+    loss_of: StepLoss | None = None
+    """`loss` for other targets."""
     feedback: FeedbackState | None = None
     output_gradient: OutputGradient | None = None
     """With learned feedback: the loss's gradient at the outputs."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..step_loss import Losses
 from ..traced_loss import written
-
-Losses = Callable[[list[Any], int, int], Tensor]
-"""`StepInput.loss`."""
+from .precision import uncached_autocast
 
 
 class WatchedLoss(TorchDispatchMode):
@@ -24,42 +24,79 @@ class WatchedLoss(TorchDispatchMode):
         own: tensors that it read and was not given, which a graph reads where they stand.
     """
 
-    def __init__(self, loss: Losses, device: torch.device) -> None:
+    supports_higher_order_operators = True
+
+    def __init__(self, loss: Losses, device: torch.device, target: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.loss = loss
         self.device = device
+        self.target = [leaf for leaf in pytree.tree_leaves(target) if isinstance(leaf, Tensor)]
         self.objection = ""
         self.own: list[Tensor] = []
-        self._known: dict[int, Tensor] = {}
-        """By memory, tensors that a call was given or has made; held, so that no other has the same."""
+        self._known: dict[int, StorageWeakRef] = {}
+        """By memory, what a call was given or has made."""
 
     def __call__(self, leaves: list[Any], copies: int, samples: int) -> Tensor:
-        self._learn([*self.own, *leaves])
+        self._known = {}
+        self._learn([*self.own, *self.target, *leaves])
         try:
-            with self:
+            with uncached_autocast(), self:
                 return self.loss(leaves, copies, samples)
-        finally:
-            self._known = {}
+        except Exception as error:  # a compiler within that takes no mode; or the loss's own, which it raises again
+            self.objection = f"the loss cannot be watched ({type(error).__name__})"
+            return self.loss(leaves, copies, samples)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        read = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        made = [value for value in pytree.tree_leaves(found) if isinstance(value, Tensor)]
-        foreign = [value for value in read if value.untyped_storage()._cdata not in self._known]
-        self.own += foreign
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self._object("draws random numbers")
-        elif torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
-            self._object("looks at numbers")
-        elif any(value.device != self.device for value in (*read, *made)):
-            self._object(f"computes on another device than {self.device}")
-        elif any(value is other for value in written(func, args, kwargs or {}) for other in foreign):
-            self._object("writes into tensors of its own")
-        self._learn([*foreign, *made])
+        if not self.objection:
+            self.objection = self._judged(func, args, kwargs or {}, found)
         return found
 
-    def _learn(self, values: list[Any]) -> None:
-        self._known.update((value.untyped_storage()._cdata, value) for value in values if isinstance(value, Tensor))
+    def _judged(self, func: Any, args: Any, kwargs: Any, found: Any) -> str:
+        """What is wrong with an operation, in words; nothing."""
+        read, made = (
+            [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
+            for values in ((args, kwargs), found)
+        )
+        if not isinstance(func, torch._ops.OpOverload):
+            return f"the loss calls {func}, which has operations within"
+        if any(value.layout is not torch.strided for value in (*read, *made)):
+            return "the loss computes with sparse tensors"
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return "the loss draws random numbers"
+        if _looks(func, args):
+            return "the loss looks at numbers"
+        if any(value.device != self.device for value in (*read, *made)):
+            return f"the loss computes on another device than {self.device}"
+        foreign = [value for value in read if not self._knows(value)]
+        kept = {_memory(value) for value in (*foreign, *self.target, *self.own)}
+        if any(_memory(value) in kept for value in written(func, args, kwargs)):
+            return "the loss writes into tensors that it has not made"
+        self.own += foreign
+        self._learn([*foreign, *made])
+        return ""
 
-    def _object(self, what: str) -> None:
-        self.objection = self.objection or f"the loss {what}"
+    def has_other(self, before: Sequence[Tensor]) -> bool:
+        """Whether it read what it did not `before`, in another step: its own work, as an average that it follows."""
+        known = {_memory(value) for value in before}
+        return any(_memory(value) not in known for value in self.own)
+
+    def _learn(self, values: list[Any]) -> None:
+        for value in values:
+            if isinstance(value, Tensor) and value.layout is torch.strided:
+                self._known[_memory(value)] = StorageWeakRef(value.untyped_storage())
+
+    def _knows(self, value: Tensor) -> bool:
+        known = self._known.get(_memory(value))
+        return known is not None and not known.expired()
+
+
+def _memory(value: Tensor) -> int:
+    return int(value.untyped_storage()._cdata)
+
+
+def _looks(func: Any, args: Any) -> bool:
+    """Whether what an operation does depends on a tensor's numbers, so that the host reads them."""
+    if func is torch.ops.aten.index.Tensor:  # tagged so for its masks alone
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags

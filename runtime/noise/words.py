@@ -14,22 +14,27 @@ from torch import Tensor
 
 from .philox import MASK
 
-_holders: list[list[Tensor]] = []
+Asked = tuple[tuple[int, ...], torch.device, int]
+
+_holders: list[dict[Asked, Tensor]] = []
 
 
 def words_on(values: Sequence[int], device: torch.device) -> Tensor:
     """32-bit words as an int32 tensor; the same tensor for the same words, which most steps repeat."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    words = _known_words(tuple(values), device, stream)
+    asked = (tuple(values), device, stream)
     for holder in _holders:
-        holder.append(words)
-    return words
+        if asked not in holder:
+            holder[asked] = _known_words(*asked)
+        return holder[asked]
+    return _known_words(*asked)
 
 
 @contextmanager
-def holding() -> Iterator[list[Tensor]]:
-    """All the words that are asked for meanwhile: a captured graph reads them for as long as it lives."""
-    holder: list[Tensor] = []
+def holding() -> Iterator[dict[Asked, Tensor]]:
+    """All the words that are asked for meanwhile, each made once: a captured graph reads them for as long as it lives,
+    and none can be brought to the GPU while it is captured."""
+    holder: dict[Asked, Tensor] = {}
     _holders.append(holder)
     try:
         yield holder
