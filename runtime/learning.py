@@ -181,8 +181,13 @@ def learned(state: FeedbackState, lesson: Lesson, numbers: Sequence[float], over
 
 
 def pace(state: FeedbackState) -> float:
-    """The learning step before the stable bound; it is `SLOW_STEP` from some step on."""
+    """The learning step before the stable bound."""
     return max(SLOW_STEP, 1.0 / (state.steps + 1))
+
+
+def is_settled(state: FeedbackState) -> bool:
+    """Whether the pace stays what it is."""
+    return pace(state) == SLOW_STEP
 
 
 def step_of(state: FeedbackState, count: int, coordinates: int | Tensor) -> Any:

@@ -21,6 +21,7 @@ import onward
 from onward.compiler.driver import compile_model
 from onward.compiler.program import CompiledModel
 from onward.passes.errors import NonFiniteLossError, OptionError
+from onward.runtime import learning
 from onward.runtime.basis import Basis
 from onward.runtime.execution import graphs
 from onward.runtime.execution import step as step_module
@@ -39,10 +40,13 @@ from onward.runtime.traced_loss import TracedLoss
 SOME = Ratio.auto(reach=0, warmup=1, probe_every=5)
 """One step of five is perturbed."""
 
+SELDOM = Ratio.auto(reach=0, warmup=1, probe_every=10**6)
+
 
 @pytest.fixture(autouse=True)
 def tape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs of a CPU, and noise as for a device whose numbers the host does not know."""
+    """Graphs of a CPU, noise as for a device whose numbers the host does not know, and feedback that soon settles."""
+    monkeypatch.setattr(learning, "SLOW_STEP", 0.5)
     monkeypatch.setattr(graphs, "capture", graph_tape.capture)
     monkeypatch.setattr(noise_source, "on_host", lambda device: False)
 
@@ -90,8 +94,8 @@ def train_on(program: onward.Program, sizes: list[int], target: Callable[[Tensor
     return found
 
 
-STEPS = 27
-"""Feedback's first 19 learning steps, three to warm up, capture and prove, and five."""
+STEPS = 7
+"""Feedback's first learning step, three to warm up, capture and prove, and three."""
 
 
 BRANCHED = ("auto", "layerwise in chunks", "joint, a copy's own captures, in chunks", "corrected", "batch statistics")
@@ -103,12 +107,10 @@ BRANCHED = ("auto", "layerwise in chunks", "joint, a copy's own captures, in chu
 def test_steps_have_the_bits_of_steps_without_graphs(case: str, streams: int) -> None:
     """Perturbed steps of every kind: each has noise of its own, and feedback learns."""
     plain, own = (onward.Program(model_for(case), compiled_for(case), F.cross_entropy, seed=3) for _ in range(2))
-    executor, steps = (
-        graphed(own, streams),
-        STEPS + 4 * ("convolutions" in case),
-    )  # every other step of which is perturbed
+    executor = graphed(own, streams)
+    steps = STEPS * (1 + ("convolutions" in case))  # every other of which is perturbed
     assert same(train(plain, case, steps), train(own, case, steps))
-    assert executor.replayed >= 5, executor.reason
+    assert executor.replayed >= 3, executor.reason
     assert (plain.forwards, plain.next_probe) == (own.forwards, own.next_probe)
     if plain.feedback is not None and own.feedback is not None:
         assert same(plain.feedback.tensors(), own.feedback.tensors())
@@ -131,7 +133,7 @@ def test_other_batches_are_copied_to_where_the_graph_reads_them(sizes: list[int]
     assert same(train_on(plain, sizes), train_on(own, sizes))
     assert not executor.reason
     assert executor.replayed > 0
-    assert 0 < executor.captured <= min(MOST_GRAPHS, len({*sizes}))
+    assert 0 < executor.captured <= min(MOST_GRAPHS, 2 * len({*sizes}))  # with and without a perturbed run
     assert same([*plain.feedback.jacobians.values()], [*own.feedback.jacobians.values()])  # type: ignore[union-attr]
 
 
@@ -401,7 +403,7 @@ def test_one_whole_graph(weight: Tensor | None) -> None:
     plain, own = programs
     executor = graphed(own)
     assert same(train_on(plain, [6] * STEPS), train_on(own, [6] * STEPS))
-    assert executor.replayed > 3, (executor.reason, executor.refused)
+    assert executor.replayed == 3, (executor.reason, executor.refused)
 
 
 def test_words_of_a_capture_are_made_once_and_held() -> None:
@@ -485,10 +487,10 @@ def test_parameters_that_move_are_captured_again_until_it_is_too_much() -> None:
 @pytest.mark.parametrize("sizes", [[6], [6, 4]])
 def test_a_loss_that_has_changed_is_noticed_in_time(sizes: list[int]) -> None:
     """And what was captured of the old one is not replayed any more."""
-    seldom, found = Ratio.auto(reach=0, warmup=1, probe_every=10**6), []
+    found = []
     for graphs_too in (False, True):
         scale = [1.0]
-        program = program_of(seldom, mlp, lambda output, target, scale=scale: scale[0] * squares(output, target))
+        program = program_of(SELDOM, mlp, lambda output, target, scale=scale: scale[0] * squares(output, target))
         executor = graphed(program) if graphs_too else None
         train_on(program, sizes * 6)
         scale[0] = 0.5
@@ -518,7 +520,7 @@ def test_a_replay_that_comes_to_differ_is_noticed(monkeypatch: pytest.MonkeyPatc
         return result, lambda: (replay(), result.gradients["0.weight"].mul_(2.0 if broken[0] else 1.0))
 
     monkeypatch.setattr(graphs, "capture", capture)
-    _, own, executor = programs()
+    _, own, executor = programs(SELDOM)
     train_on(own, [6] * 8)
     assert executor.replayed > 0
     broken[0] = True
@@ -735,7 +737,7 @@ def test_cuda_graphs(case: str, streams: int, monkeypatch: pytest.MonkeyPatch) -
             cuda_graphs=graph,
         )  # fmt: skip
         losses = []
-        for _ in range(STEPS):
+        for _ in range(27):  # feedback's first 19, and some
             program.model.zero_grad()
             losses.append(program.step(x, y))
             with torch.no_grad():
@@ -746,4 +748,4 @@ def test_cuda_graphs(case: str, streams: int, monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(one, other)
     executor = program.executor
     assert isinstance(executor, Graphed)
-    assert executor.replayed >= 5 or executor.reason, executor.reason
+    assert executor.replayed > 0 or executor.reason, executor.reason

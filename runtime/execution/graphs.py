@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 from ...compiler.program import CompiledModel
 from ...passes.find_sites import Site
 from ..feedback import FeedbackState
-from ..learning import SLOW_STEP, pace, teach
+from ..learning import is_settled, teach
 from ..memory.shortage import is_out_of_memory
 from ..noise.rows import Probe
 from ..noise.words import holding
@@ -196,7 +196,7 @@ class Graphed(SerialExecutor):
 
     def _ready(self, given: StepInput, plan: Sequence[Action]) -> bool:
         """Whether a step is one of the plans', once feedback learns at its last pace."""
-        settled = given.feedback is None or plan is self.clean_plan or pace(given.feedback) == SLOW_STEP
+        settled = given.feedback is None or plan is self.clean_plan or is_settled(given.feedback)
         return settled and any(plan is each for each in (self.plan, self.clean_plan))
 
     def _answers(self, graph: StepGraph, kind: Any, given: StepInput) -> bool:
