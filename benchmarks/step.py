@@ -273,9 +273,9 @@ def _timed_operators(watch: Stopwatch) -> _Patched:
 
 
 def _timed_learning(watch: Stopwatch) -> _Patched:
-    from onward.runtime.execution import step
+    from onward.runtime.execution import bound
 
-    return _Patched((step, "learn", watch.wrap("learning", vars(step)["learn"])))
+    return _Patched((bound, "learn", watch.wrap("learning", vars(bound)["learn"])))
 
 
 # ---------------------------------------------------------------------------------------------------------- printing

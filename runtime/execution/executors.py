@@ -7,7 +7,7 @@ import torch
 from ...compiler.program import CompiledModel
 from ...passes.errors import OptionError
 from .executor import SerialExecutor
-from .graphs import GraphedExecutor, GraphedStreams
+from .graphs import GraphedExecutor, GraphedStreams, reason_against
 from .streams import StreamedExecutor
 from .threads import ThreadedExecutor
 
@@ -24,7 +24,8 @@ def make_executor(
     its steps may be replayed from `cuda_graphs`. With `inductor` any of them has its graphs compiled.
 
     Raises:
-        OptionError: `streams` or `cuda_graphs` on a CPU, which has none; `inductor` without its compiler.
+        OptionError: `streams` or `cuda_graphs` on a CPU, which has none; graphs of a program that has no step for them;
+            `inductor` without its compiler.
     """
     executor = _executor(compiled, sigmas, workers, streams, cuda_graphs)
     if inductor:
@@ -47,6 +48,8 @@ def _executor(
             "cuda_graphs=True: the example inputs are on the CPU, and graphs are a GPU's. Compile the model and the "
             "inputs on a GPU, or leave it out."
         )
+    if cuda_graphs and (reason := reason_against(compiled)):
+        raise OptionError(f"cuda_graphs=True: no step of this program would be replayed, since {reason}. Leave it out.")
     if streams > 1:
         return (GraphedStreams if cuda_graphs else StreamedExecutor)(compiled, sigmas, streams)
     if cuda_graphs:

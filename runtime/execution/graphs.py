@@ -85,7 +85,7 @@ class Graphed(SerialExecutor):
 
     def __init__(self, compiled: CompiledModel, sigmas: list[float], *others: Any) -> None:
         super().__init__(compiled, sigmas, *others)
-        self.reason = _reason(compiled)
+        self.reason = reason_against(compiled)
         self.refused: dict[Any, str] = {}
         self.captured = self.replayed = 0
         self._graphs: dict[Any, StepGraph] = {}
@@ -165,6 +165,8 @@ class Graphed(SerialExecutor):
         if kind in self._warm and watch.has_other(self._warm[kind]):
             objection = objection or "the loss reads another tensor of its own in every step"
         if objection:
+            if objection not in self.refused.values():
+                warnings.warn(f"cuda_graphs: {objection}. Such steps go on without graphs.", stacklevel=2)
             self._graphs.pop(kind, None)
             self.refused = dict(list(self.refused.items())[1 - MOST_KINDS :]) | {kind: objection}
             return False
@@ -310,7 +312,7 @@ class _WrongReplayError(Exception):
     """A replay gave another result."""
 
 
-def _reason(compiled: CompiledModel) -> str:
+def reason_against(compiled: CompiledModel) -> str:
     """What speaks against graphs of a compiled model, known before the first step."""
     if compiled.estimator.sampling != "all":
         return f'sampling="{compiled.estimator.sampling}" perturbs another number of samples in every step'
