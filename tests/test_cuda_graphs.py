@@ -719,8 +719,8 @@ def test_on_a_gpu_graphs_are_chosen_and_have_branches() -> None:
     assert branched.streams == 2
     assert branched.waits(perturbed=True)
     assert not branched.measures(perturbed=True)
+    other = replace(moved, estimator=Ratio(copies=4, sampling="error"))
     with pytest.raises(OptionError, match="no step of this program would be replayed, since sampling="):
-        other = replace(moved, estimator=replace(moved.estimator, sampling="error"))
         make_executor(other, [0.1] * 3, workers=1, streams=1, cuda_graphs=True)
 
 
