@@ -35,7 +35,7 @@ bench() {  # NAME SECONDS ARGUMENTS …
 }
 
 run tests 200 "$python" -m pytest -m gpu -n 8 -q -p no:cacheprovider
-bench cuda_graphs 90 --rounds "${ROUNDS:-10}"
+bench cuda_graphs 120 --rounds "${ROUNDS:-10}" --inductor --models mlp "mlp of 12 layers" resnet5 resnet9
 bench streams 120 --copies 100 500 --rounds "${ROUNDS:-5}"
 bench packed_gradients 60 --rounds "${ROUNDS:-5}"
 bench step 60 --repeats "${ROUNDS:-5}" --copies 16

@@ -164,7 +164,7 @@ class _Compiled:
 
 
 def compile_graph(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Callable[..., Any]:
-    """By inductor, for tensors like these; `module` is its own from now on."""
+    """By inductor, for tensors like these."""
     with _quiet(), torch.no_grad():
         from torch._inductor import standalone_compile
 
@@ -173,7 +173,6 @@ def compile_graph(module: fx.GraphModule, tensors: Sequence[Tensor]) -> Callable
             list(tensors),
             dynamic_shapes="from_example_inputs",
             options={"config_patches": {"deterministic": True}},
-            donate_graph_module=True,
         )
 
 
