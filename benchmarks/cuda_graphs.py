@@ -167,10 +167,10 @@ def main(argv: list[str] | None = None) -> None:
     found: dict[str, Any] = machine(device)
     console.print(describe(found), highlight=False)
     options = ways(given.streams, device, given.inductor)
-    rows = [
-        measure(name, kind, given.batch, given.rounds, device, options) for name in given.models for kind in given.steps
-    ]
-    console.print(table(rows, given.batch))
+    rows: list[Row] = []
+    for name in given.models:
+        rows += [measure(name, kind, given.batch, given.rounds, device, options) for kind in given.steps]
+        console.print(table(rows, given.batch))
     if given.json is not None:
         result = {"machine": found, "batch": given.batch, "rows": [asdict(row) for row in rows]}
         given.json.write_text(json.dumps(result, indent=2) + "\n")
