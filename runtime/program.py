@@ -26,12 +26,13 @@ from .execution.step import StepInput, StepResult, Updates
 from .feedback import FeedbackState, probe_interval, untaught
 from .linearity import measure
 from .loss import BatchLoss, Loss, SampleLoss
-from .memory.shortage import is_out_of_memory, suggest_chunk
+from .memory.shortage import suggest_chunk
 from .noise import levels as _levels  # noqa: F401
 from .noise import operators as _noise  # noqa: F401  (registers the operators)
 from .noise import packed_gradients as _packed_gradients  # noqa: F401
 from .noise import packing as _packing  # noqa: F401
 from .noise import weights as _weight_noise  # noqa: F401
+from .out_of_memory import is_out_of_memory
 from .output_gradient import OutputGradient
 from .program_state import restore, saved
 from .sampling import sampled

@@ -36,9 +36,9 @@ from ...compiler.program import CompiledModel
 from ...passes.find_sites import Site
 from ..feedback import FeedbackState
 from ..learning import is_settled, teach
-from ..memory.shortage import is_out_of_memory
 from ..noise.rows import Probe
 from ..noise.words import holding
+from ..out_of_memory import is_out_of_memory
 from ..output_gradient import CHECK_EVERY
 from ..plan import Action
 from ..traced_loss import TracedLoss

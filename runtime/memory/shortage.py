@@ -1,4 +1,4 @@
-"""Out of memory: recognise it, and say how many copies would fit."""
+"""Out of memory: say how many copies would fit."""
 
 from __future__ import annotations
 
@@ -13,13 +13,6 @@ from .rehearsal import rehearse
 
 SHARE_TO_USE = 0.55
 """Of the free memory, what a step may take: allocators keep some, and compiling anew with the chunk takes some."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is torch's or Python's way of saying that an allocation failed."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def suggest_chunk(compiled: CompiledModel, samples: int, device: torch.device) -> str:
