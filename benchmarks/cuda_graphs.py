@@ -107,8 +107,10 @@ def measure(
             step()
         variants[way] = step
         executor = program.executor
-        if isinstance(executor, Graphed) and not executor.replayed:
-            notes.append(f"{way}: {executor.reason or 'nothing was replayed'}")
+        if isinstance(executor, Graphed):
+            reasons = [executor.reason, *executor.refused.values()]
+            notes += [f"{way}: {reason}" for reason in reasons if reason]
+            notes += [] if executor.replayed or any(reasons) else [f"{way}: nothing was replayed"]
         if executor.inductor is not None:
             notes += [f"{way}: {graph} {why}" for graph, why in executor.inductor.refused.items()]
             if way == "compiled":
@@ -171,9 +173,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in given.models:
         rows += [measure(name, kind, given.batch, given.rounds, device, options) for kind in given.steps]
         console.print(table(rows, given.batch))
-    if given.json is not None:
-        result = {"machine": found, "batch": given.batch, "rows": [asdict(row) for row in rows]}
-        given.json.write_text(json.dumps(result, indent=2) + "\n")
+        if given.json is not None:
+            result = {"machine": found, "batch": given.batch, "rows": [asdict(row) for row in rows]}
+            given.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

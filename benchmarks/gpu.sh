@@ -5,11 +5,11 @@
 #
 #     benchmarks/gpu.sh [FOLDER]        or `make gpu`; FOLDER is gpu-results
 #
-# PYTHON names another interpreter than .venv's, with torch for CUDA and what Onward needs installed. DEVICE=cpu tries
+# PYTHON names another interpreter than .venv's, with torch for CUDA and this checkout of Onward installed. DEVICE=cpu tries
 # the script where there is no GPU: the tests are skipped then, the larger benchmarks stopped, and times say nothing.
 set -uo pipefail
+folder=$(realpath -m "${1:-$(dirname "$0")/../gpu-results}")
 cd "$(dirname "$0")/.."
-folder=${1:-gpu-results}
 python=${PYTHON:-.venv/bin/python}
 device=${DEVICE:-cuda}
 mkdir -p "$folder"
@@ -26,6 +26,11 @@ run() {  # NAME SECONDS COMMAND …
   echo "== $name: $((SECONDS - started)) s"
 }
 
+"$python" -c 'import onward, os, sys; here = os.path.realpath
+sys.exit(here(os.path.dirname(os.path.dirname(onward.__file__))) != here("."))' || {
+  echo "benchmarks/gpu.sh: '$python' has no Onward of this checkout: $python -m pip install -e . there." >&2
+  exit 2
+}
 [ "$device" = cpu ] || "$python" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || {
   echo "benchmarks/gpu.sh: '$python' has no torch that sees a GPU. PYTHON=… names another." >&2
   exit 2
@@ -34,7 +39,7 @@ bench() {  # NAME SECONDS ARGUMENTS …
   run "$1" "$2" "$python" "benchmarks/$1.py" --device "$device" "${@:3}" --json "$folder/$1.json"
 }
 
-run tests 200 "$python" -m pytest -m gpu -n 8 -q -p no:cacheprovider
+run tests 200 "$python" -m pytest -m gpu -n 8 -v -p no:cacheprovider
 bench cuda_graphs 120 --rounds "${ROUNDS:-10}" --inductor --models mlp "mlp of 12 layers" resnet5 resnet9
 bench streams 120 --copies 100 500 --rounds "${ROUNDS:-5}"
 bench packed_gradients 60 --rounds "${ROUNDS:-5}"

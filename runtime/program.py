@@ -302,6 +302,7 @@ class Program:
 
     def _measure_sigmas(self, given: StepInput) -> tuple[float, int]:
         """Take σ from the batch at hand; the perturbed forwards a sample that it took, and the step to do so again."""
+        self.executor.release()
         found, spent = measure(self.executor, given)
         told = {index: one.sigma for index, one in found.items() if math.isfinite(one.sigma)}
         for index, sigma in told.items():

@@ -70,6 +70,8 @@ def restore(program: Progressing, state: dict[str, Any]) -> None:
             next_probe, feedback = int(state["next_probe"]), feedback.loaded(state)
     except KeyError as error:
         raise CheckpointError(f"the program's state lacks {error}") from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"the program's state has an estimator that cannot be read: {error}") from error
     program.seed, program.step_count = seed, step_count  # all of it, or nothing
     program.forwards, program.clean_forwards = forwards, clean_forwards
     program.sigmas[:] = sigmas

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -23,11 +24,12 @@ from onward.compiler.driver import compile_model
 from onward.compiler.program import CompiledModel
 from onward.passes.errors import NonFiniteLossError, OptionError
 from onward.runtime import learning
+from onward.runtime import program as program_module
 from onward.runtime.basis import Basis
 from onward.runtime.execution import graphs
 from onward.runtime.execution import step as step_module
 from onward.runtime.execution import streams as streams_module
-from onward.runtime.execution.captured import difference
+from onward.runtime.execution.captured import NotReadyError, difference
 from onward.runtime.execution.executors import make_executor
 from onward.runtime.execution.graphs import MOST_CAPTURES, MOST_GRAPHS, Graphed, GraphedExecutor, GraphedStreams
 from onward.runtime.execution.step import Step, StepResult
@@ -409,6 +411,128 @@ def test_one_whole_graph(weight: Tensor | None) -> None:
     assert executor.replayed == 3, (executor.reason, executor.refused)
 
 
+def test_constants_of_a_target_that_are_equal_but_not_the_same_have_graphs_of_their_own() -> None:
+    def loss(output: Tensor, target: Any) -> Tensor:
+        return squares(output, target["classes"]) * (3.0 if target["twice"] is True else 1.0)
+
+    plain, own, executor = programs(LOSSES, loss=loss)
+    for twice in (1, True, 1.0):
+        target = lambda classes, twice=twice: {"classes": classes, "twice": twice}  # noqa: E731
+        assert same(train_on(plain, [6] * 5, target), train_on(own, [6] * 5, target))
+    assert executor.captured == 3
+
+
+def test_a_loss_is_watched_again_before_its_steps_are_captured_again() -> None:
+    class Later(Remembering):
+        begun = False
+
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            return super().forward(output, target) if self.begun else squares(output, target)
+
+    losses = [Later(), Later()]
+    plain, own = (program_of(LOSSES, mlp, loss) for loss in losses)
+    executor = graphed(own)
+    assert same(train_on(plain, [6] * 5), train_on(own, [6] * 5))
+    for program, loss in zip((plain, own), losses, strict=True):
+        loss.begun = True
+        for parameter in program.model.parameters():
+            parameter.data = parameter.data.clone()
+    expected = train_on(plain, [6] * 5)
+    with pytest.warns(UserWarning, match="writes into tensors that it has not made"):
+        assert same(expected, train_on(own, [6] * 5))
+    assert executor.captured == 1
+
+
+def test_what_changed_once_is_captured_anew_for_all_kinds_of_steps() -> None:
+    loss = Weighted()
+    _, own, executor = programs(LOSSES, loss=loss)
+    train_on(own, [6, 4] * 5)
+    assert executor.captured == 2
+    loss.weight = torch.tensor([0.5, 1.0, 3.0])
+    with pytest.warns(UserWarning, match="It is captured anew"):
+        train_on(own, [6, 4] * (CHECK_EVERY + 5))
+    assert not executor.reason
+    assert not executor.refused
+    assert executor.captured == 4
+    plain = program_of(LOSSES, mlp, loss)
+    plain.model.load_state_dict(own.model.state_dict())
+    plain.step_count = own.step_count
+    assert same(train_on(plain, [6, 4] * 3), train_on(own, [6, 4] * 3))
+
+
+def test_a_loss_may_prepare_itself_in_its_first_step() -> None:
+    class Drawn(nn.Module):
+        weight: Tensor | None = None
+
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            if self.weight is None:
+                self.weight = torch.rand(3)
+            return (squares(output, target)[:, None] * self.weight).sum(1)
+
+    found = []
+    for graph in (False, True):
+        torch.manual_seed(0)
+        program = program_of(LOSSES, mlp, Drawn())
+        executor = graphed(program) if graph else None
+        found.append(train_on(program, [6] * 7))
+    assert executor is not None
+    assert executor.replayed > 0
+    assert same(*found)
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_captures_that_fail_before_anything_is_captured(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fails = [True] * times
+
+    def capture(function: Callable[[], Any], device: torch.device) -> Any:
+        if fails:
+            fails.pop()
+            raise NotReadyError("RuntimeError: a wait")
+        return graph_tape.capture(function, device)
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    _, own, executor = programs(LOSSES)
+    with pytest.warns(UserWarning, match="a wait") if times == 3 else nullcontext():
+        train_on(own, [6] * 9)
+    assert bool(executor.reason) == (times == 3)
+    assert bool(executor.replayed) == (times == 2)
+
+
+def test_with_warnings_as_errors_the_step_after_a_refusal_goes_on() -> None:
+    _, own, executor = programs(LOSSES, loss=noisy)
+    train_on(own, [6] * 2)
+    with pytest.raises(UserWarning, match="draws random numbers"):
+        train_on(own, [6])
+    train_on(own, [6] * 3)
+    assert executor.captured == 0
+
+
+def test_sigma_is_measured_without_graphs_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, own, executor = programs(Ratio(copies=4, groups="joint", sigma="auto"))
+    train_on(own, [6] * 5)
+    assert executor.replayed > 0
+    held: list[int] = []
+    measure = program_module.measure
+    monkeypatch.setattr(
+        program_module, "measure", lambda *given: (held.append(len(executor._graphs)), measure(*given))[1]
+    )
+    own.next_calibration = own.step_count
+    train_on(own, [6] * 5)
+    assert held == [0]
+
+
+def test_words_of_captures_within_each_other_and_in_two_threads_are_kept_apart() -> None:
+    device = torch.device("cpu")
+    with holding() as outer:
+        with holding() as inner:
+            word = words_on([5], device)
+        other = threading.Thread(target=lambda: words_on([6], device))
+        other.start(), other.join()
+        words_on([7], device)
+    assert [*inner.values()] == [word]
+    assert [key[0] for key in outer] == [(5,), (7,)]
+
+
 def test_words_of_a_capture_are_made_once_and_held() -> None:
     device = torch.device("cpu")
     with holding() as words:
@@ -479,7 +603,7 @@ def test_parameters_that_move_are_captured_again_until_it_is_too_much() -> None:
     assert executor.captured == 1
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        for number in range(MOST_CAPTURES + 3):
+        for number in range(2 * MOST_CAPTURES + 3):
             for parameter in own.model.parameters():
                 parameter.data = parameter.data.clone()
             assert same(train_on(plain, [6]), train_on(own, [6])), number
@@ -743,7 +867,7 @@ def test_the_branches_of_a_graph_end_where_they_join(monkeypatch: pytest.MonkeyP
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("streams", [1, 4])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [name for name in CASES if name != "shrunk"])
 def test_cuda_graphs(case: str, streams: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     x, y = (value.cuda() for value in data_of(case))
@@ -765,4 +889,4 @@ def test_cuda_graphs(case: str, streams: int, monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(one, other)
     executor = program.executor
     assert isinstance(executor, Graphed)
-    assert executor.replayed > 0 or executor.reason, executor.reason
+    assert executor.replayed > 0, (executor.reason, executor.refused)

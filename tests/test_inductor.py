@@ -190,6 +190,22 @@ def test_captured_steps_go_on_with_compiled_graphs(monkeypatch: pytest.MonkeyPat
     assert found.refused == {}
 
 
+@pytest.mark.usefixtures("compiler")
+def test_a_proof_without_room_for_both_is_put_off() -> None:
+    graph, x = one(), torch.ones(3)
+    graph(x)
+    plain = graph.plain
+
+    def full(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    graph.plain = full
+    expected = plain(x)
+    for _ in range(3):  # the second call is proved, and the fourth
+        assert same([*graph(x)], [*expected])
+    assert not graph.inductor.refused
+
+
 def test_threads_compile_a_graph_once(compiler: Compiler) -> None:
     graph, x = one(), torch.ones(3)
     found: list[Tensor] = []
@@ -406,9 +422,10 @@ def test_the_command_line_has_it(compiler: Compiler) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [name for name in CASES if name != "shrunk"])
 @pytest.mark.parametrize("options", [{}, {"streams": 4}, {"cuda_graphs": True}], ids=["serial", "streams", "graphs"])
 def test_on_a_gpu(case: str, options: dict[str, Any]) -> None:
+    steps = 27 if options.get("cuda_graphs") else 8  # feedback's first 19, and some
     x, y = (value.cuda() for value in data_of(case))
     found = []
     for chosen in ({}, {**options, "inductor": True}):
@@ -416,7 +433,7 @@ def test_on_a_gpu(case: str, options: dict[str, Any]) -> None:
             model_for(case).cuda(), x, loss=F.cross_entropy, estimator=CASES[case][1], seed=3, **chosen
         )
         losses = []
-        for _ in range(8):
+        for _ in range(steps):
             program.model.zero_grad()
             losses.append(program.step(x, y))
             with torch.no_grad():
@@ -425,5 +442,6 @@ def test_on_a_gpu(case: str, options: dict[str, Any]) -> None:
         found.append([*losses, *program.model.state_dict().values()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    assert not isinstance(program.executor, GraphedExecutor) or program.executor.replayed > 0
     assert program.executor.inductor is not None
     assert program.executor.inductor.refused == {}

@@ -198,6 +198,8 @@ def test_seed_and_state(compiled: Any) -> None:
     assert program.state_dict() == resumed.state_dict()
     with pytest.raises(CheckpointError, match="the program's state lacks 'estimator'"):
         resumed.load_state_dict({"seed": 0})
+    with pytest.raises(CheckpointError, match="an estimator that cannot be read"):
+        resumed.load_state_dict({"estimator": "{", "seed": 0})
 
 
 @pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 1])

@@ -42,12 +42,13 @@ def capture(function: Callable[[], Result], device: torch.device) -> tuple[Resul
     with torch.cuda.device(device):
         aside = torch.cuda.Stream()
         aside.wait_stream(before)
-        with _without_waits(), torch.cuda.stream(aside):
-            try:
+        try:
+            with _without_waits(), torch.cuda.stream(aside):
                 function()
-            except Exception as error:
-                raise NotReadyError(f"{type(error).__name__}: {error}") from error
-        before.wait_stream(aside)
+        except Exception as error:
+            raise NotReadyError(f"{type(error).__name__}: {error}") from error
+        finally:
+            before.wait_stream(aside)  # what it still reads may be freed on the other
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):

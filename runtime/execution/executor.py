@@ -49,6 +49,9 @@ class SerialExecutor(BoundModel):
         """Whether what is being done goes into a graph: nothing may wait for a number then."""
         return False
 
+    def release(self) -> None:
+        """Let go of memory that is kept for steps to come, before something that takes much."""
+
     def run(self, given: StepInput) -> StepResult:
         """One step; raises NonFiniteLossError, and whatever the loss raises."""
         step = Step(self, given)

@@ -67,7 +67,10 @@ MOST_CAPTURES = 16
 """Captures, with the same σ, after which a model whose tensors keep moving goes without graphs."""
 
 MOST_ATTEMPTS = 3
-"""Captures that may fail before anything is captured."""
+"""Captures of a kind that may fail before anything is captured."""
+
+MOST_LOOKS = 2
+"""Steps of a kind that may do what speaks against a graph: a loss may prepare itself at first."""
 
 MOST_KINDS = 64
 """Kinds of steps that are remembered without a graph."""
@@ -91,10 +94,12 @@ class Graphed(SerialExecutor):
         self._graphs: dict[Any, StepGraph] = {}
         self._since: dict[Any, int] = {}
         """By kind, replays since a graph was last compared with a step; `CHECK_EVERY` where it is due to be."""
-        self._warm: dict[Any, list[Tensor]] = {}
-        """Kinds of steps that were seen once, and what their loss read of its own."""
+        self._warm: dict[Any, list[list[Tensor]]] = {}
+        """Of kinds of steps without a graph, what their loss read of its own in each step so far."""
         self._left = MOST_CAPTURES
         self._changed = 0
+        self._failed: dict[Any, int] = {}
+        """By kind, captures that failed before anything was captured."""
         self._sigmas: list[float] = []
         """σ that the graphs have."""
         self._learned: FeedbackState | None = None
@@ -144,34 +149,37 @@ class Graphed(SerialExecutor):
                 self._since[kind] += 1
                 self.replayed += 1
                 return
+        if graph is not None and not stays:
+            self._drop(kind)
+        watched = kind not in self._graphs and len(self._graphs) < MOST_GRAPHS
         watch = WatchedLoss(given.loss, given.device, given.target)
-        if graph is None and len(self._graphs) < MOST_GRAPHS:
+        if watched:
             step.given = replace(given, loss=watch)
         super().execute(step, plan)
-        more = given.perturbed and step.result.feedback is not None and step.result.feedback.overshoot != 1
-        if more or (graph is None and len(self._graphs) == MOST_GRAPHS):
-            return
+        if given.perturbed and step.result.feedback is not None and step.result.feedback.overshoot != 1:
+            return  # more was done than graphs do
         loss = None if given.output_gradient is None else given.output_gradient.last
-        if graph is not None and stays and graph.loss is loss:
+        if stays and graph is not None and graph.loss is loss:
             self._try(kind, lambda: self._prove(graph, kind, given, step.result))
+        elif not watched:
+            self._drop(kind)
         elif self._accepts(kind, loss, watch, given):
-            held = watch.own if graph is None else graph.held
-            self._graphs.pop(kind, None)
-            self._try(kind, lambda: self._capture(kind, loss, held, given, step.result, plan))
+            self._try(kind, lambda: self._capture(kind, loss, watch.own, given, step.result, plan))
 
     def _accepts(self, kind: Any, loss: TracedLoss | None, watch: WatchedLoss, given: StepInput) -> bool:
         """Whether a graph of such steps is to be captured now: nothing speaks against it, and it is not the first."""
         objection = watch.objection or _objection(loss, given)
-        if kind in self._warm and watch.has_other(self._warm[kind]):
-            objection = objection or "the loss reads another tensor of its own in every step"
-        if objection:
-            if objection not in self.refused.values():
-                warnings.warn(f"cuda_graphs: {objection}. Such steps go on without graphs.", stacklevel=2)
-            self._graphs.pop(kind, None)
-            self.refused = dict(list(self.refused.items())[1 - MOST_KINDS :]) | {kind: objection}
+        seen = self._warm.get(kind, [])
+        if seen and not objection and watch.has_other(seen[-1]):
+            objection = "the loss reads another tensor of its own in every step"
+        if len(seen) < (MOST_LOOKS if objection else 1):  # it may have prepared itself
+            self._warm = dict(list(self._warm.items())[1 - MOST_KINDS :]) | {kind: [*seen, watch.own]}
             return False
-        if kind not in self._warm:
-            self._warm = dict(list(self._warm.items())[1 - MOST_KINDS :]) | {kind: watch.own}
+        if objection:
+            told = objection in self.refused.values()
+            self.refused = dict(list(self.refused.items())[1 - MOST_KINDS :]) | {kind: objection}
+            if not told:
+                warnings.warn(f"cuda_graphs: {objection}. Such steps go on without graphs.", stacklevel=2)
             return False
         if not self._left:
             self._refuse("would have to be captured again and again: the model's parameters or buffers keep moving")
@@ -273,8 +281,7 @@ class Graphed(SerialExecutor):
                 self._refuse(f"gives other numbers for the {error}")
                 return
             self._changed += 1
-            self._graphs.pop(kind, None)
-            self._since.pop(kind, None)
+            self._graphs, self._since, self._warm = {}, {}, {}  # the others may have been captured before, too
             warnings.warn(
                 f"the CUDA graph of a step has come to give other numbers for the {error} than the step itself: the "
                 f"loss, or the model, reads something that has changed, which is noticed every {CHECK_EVERY} steps "
@@ -283,10 +290,20 @@ class Graphed(SerialExecutor):
                 stacklevel=2,
             )
         except NotReadyError as error:  # nothing was captured: a kernel may not be proved yet
-            if self._left <= MOST_CAPTURES - MOST_ATTEMPTS:
+            self._failed[kind] = self._failed.get(kind, 0) + 1
+            if self._failed[kind] == MOST_ATTEMPTS:
                 self._refuse(f"could not be captured ({error})")
         except Exception as error:  # whatever torch or a library says of a capture: training goes on without
             self._refuse(f"could not be captured ({type(error).__name__}: {error})")
+
+    def _drop(self, kind: Any) -> None:
+        """Have a kind of steps begin anew."""
+        for known in (self._graphs, self._since, self._warm):
+            known.pop(kind, None)
+
+    def release(self) -> None:
+        """Let go of the memory of all graphs: σ is measured anew, and would change them."""
+        self._forget()
 
     def _refuse(self, wrong: str) -> None:
         self.reason = f"the CUDA graph of a step {wrong}"
@@ -345,7 +362,10 @@ def _objection(loss: TracedLoss | None, given: StepInput) -> str:
 def _kind(given: StepInput) -> Any:
     """What steps have in common that one graph serves."""
     leaves, spec = pytree.tree_flatten(given.target)
-    parts = [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    parts = [
+        (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), repr(leaf))  # 1 is not True
+        for leaf in leaves
+    ]
     plain = all(isinstance(leaf, _CONSTANT) for leaf in leaves)
     flags = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
     return given.perturbed, given.samples, spec, tuple(parts) if plain else None, autocast_dtypes(), flags

@@ -35,6 +35,7 @@ from ...compiler.program import output_keys
 from ...passes.errors import OptionError
 from ...passes.graph import placeholders
 from ..finite import alike, largest
+from ..out_of_memory import is_out_of_memory
 from .precision import autocast_dtypes
 
 MOST_KINDS = 4
@@ -97,9 +98,11 @@ class InductorGraph:
     def __init__(self, inductor: Inductor, name: str, module: fx.GraphModule, plain: Callable[..., Any]) -> None:
         self.inductor, self.name, self.module, self.plain = inductor, name, module, plain
         self._known: dict[Kind, _Compiled] = {}
+        self._plain = False
+        """Whether it returns what a compiled graph cannot."""
 
     def __call__(self, *arguments: Any) -> Any:
-        if self.inductor.paused or self.name in self.inductor.refused or not _compilable():
+        if self._plain or self.inductor.paused or self.name in self.inductor.refused or not _compilable():
             return self.plain(*arguments)
         kind = kind_of(arguments)
         if kind is None:
@@ -110,7 +113,13 @@ class InductorGraph:
         known.calls += 1
         if known.calls & (known.calls - 1) or _waits_forbidden():
             return known(arguments)
-        return self._proved(known, arguments, self.plain(*arguments))
+        try:
+            expected = self.plain(*arguments)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return known(arguments)  # there is no room for both now
+        return self._proved(known, arguments, expected)
 
     def _first(self, kind: Kind, arguments: Sequence[Any]) -> Any:
         """Compile for this kind, if that is not one too many."""
@@ -118,6 +127,7 @@ class InductorGraph:
             if kind not in self._known and len(self._known) < MOST_KINDS and not _waits_forbidden():
                 expected = self.plain(*arguments)
                 if kind_of(expected) is None:
+                    self._plain = True
                     return expected
                 begun = time.perf_counter()
                 try:

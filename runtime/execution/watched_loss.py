@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..out_of_memory import is_out_of_memory
 from ..step_loss import Losses
 from ..traced_loss import written
 from .precision import uncached_autocast
@@ -43,8 +44,10 @@ class WatchedLoss(TorchDispatchMode):
             with uncached_autocast(), self:
                 return self.loss(leaves, copies, samples)
         except Exception as error:  # a compiler within that takes no mode; or the loss's own, which it raises again
+            if is_out_of_memory(error):
+                raise
             self.objection = f"the loss cannot be watched ({type(error).__name__})"
-            return self.loss(leaves, copies, samples)
+        return self.loss(leaves, copies, samples)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))

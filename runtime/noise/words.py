@@ -5,6 +5,7 @@ They follow from the copies, which are numbers on the host, and hardly ever chan
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -16,30 +17,32 @@ from .philox import MASK
 
 Asked = tuple[tuple[int, ...], torch.device, int]
 
-_holders: list[dict[Asked, Tensor]] = []
+_held = threading.local()
 
 
 def words_on(values: Sequence[int], device: torch.device) -> Tensor:
     """32-bit words as an int32 tensor; the same tensor for the same words, which most steps repeat."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     asked = (tuple(values), device, stream)
-    for holder in _holders:
-        if asked not in holder:
-            holder[asked] = _known_words(*asked)
-        return holder[asked]
-    return _known_words(*asked)
+    holders: list[dict[Asked, Tensor]] = getattr(_held, "stack", [])
+    words = next((holder[asked] for holder in holders if asked in holder), None)
+    words = _known_words(*asked) if words is None else words
+    for holder in holders:
+        holder[asked] = words
+    return words
 
 
 @contextmanager
 def holding() -> Iterator[dict[Asked, Tensor]]:
-    """All the words that are asked for meanwhile, each made once: a captured graph reads them for as long as it lives,
-    and none can be brought to the GPU while it is captured."""
+    """All the words that this thread asks for meanwhile, each made once: a captured graph reads them for as long as it
+    lives, and none can be brought to the GPU while it is captured."""
     holder: dict[Asked, Tensor] = {}
-    _holders.append(holder)
+    before = getattr(_held, "stack", [])
+    _held.stack = [*before, holder]
     try:
         yield holder
     finally:
-        _holders.remove(holder)
+        _held.stack = before
 
 
 @lru_cache(maxsize=256)
