@@ -190,6 +190,7 @@ def test_captured_steps_go_on_with_compiled_graphs(monkeypatch: pytest.MonkeyPat
     assert found.refused == {}
 
 
+@torch.no_grad()
 @pytest.mark.usefixtures("compiler")
 def test_a_proof_without_room_for_both_is_put_off() -> None:
     graph, x = one(), torch.ones(3)
