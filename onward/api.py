@@ -92,20 +92,17 @@ def compile(
         raise OptionError(f"workers={workers!r}: the threads of a step are a number from 1 on.")
     if type(streams) is not int or streams < 1:
         raise OptionError(f"streams={streams!r}: the streams of a step are a number from 1 on.")
-    if not isinstance(cuda_graphs, bool):
-        raise OptionError(f"cuda_graphs={cuda_graphs!r}: it is True or False.")
-    if cuda_graphs and memory is not None:
-        raise OptionError(
-            f"memory={memory!r} with cuda_graphs=True: the plan of a step does not count what graphs keep. Give the "
-            "estimator a chunk instead."
-        )
-    if not isinstance(inductor, bool):
-        raise OptionError(f"inductor={inductor!r}: it is True or False.")
-    if inductor and memory is not None:
-        raise OptionError(
-            f"memory={memory!r} with inductor=True: the plan of a step counts what operations hold one by one, not "
-            "what compiled graphs do. Give the estimator a chunk instead."
-        )
+    for name, chosen, uncounted in (
+        ("cuda_graphs", cuda_graphs, "does not count what graphs keep"),
+        ("inductor", inductor, "counts what operations hold one by one, not what compiled graphs do"),
+    ):
+        if not isinstance(chosen, bool):
+            raise OptionError(f"{name}={chosen!r}: it is True or False.")
+        if chosen and memory is not None:
+            raise OptionError(
+                f"memory={memory!r} with {name}=True: the plan of a step {uncounted}. Give the estimator a chunk "
+                "instead."
+            )
     if isinstance(estimator, Calibration):
         compiled = estimator.compile(model, example_inputs, unbatched=unbatched)
     else:

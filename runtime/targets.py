@@ -14,6 +14,11 @@ def target_leaves(target: Any, samples: int) -> list[Any]:
     return pytree.tree_leaves(target, is_leaf=lambda node: _is_column(node, samples))
 
 
+def target_tensors(target: Any) -> list[Tensor]:
+    """The tensors in a target, in order."""
+    return [leaf for leaf in pytree.tree_leaves(target) if isinstance(leaf, Tensor)]
+
+
 def repeat_target(target: Any, copies: int, samples: int) -> Any:
     """`target` for every copy: what holds one entry a sample (tensor, array, list) is tiled, copy after copy."""
     if copies == 1:

@@ -122,7 +122,14 @@ def compiled_for(case: str) -> CompiledModel:
 
 def train(program: onward.Program, case: str, steps: int) -> list[Tensor]:
     """Some steps of gradient descent: losses, weights, buffers, and the program's state."""
-    x, y = data_of(case)
+    losses = descend(program, *data_of(case), steps)
+    state = program.state_dict()
+    numbers = [value if isinstance(value, Tensor) else torch.tensor(hash(value)) for value in state.values()]
+    return [*losses, *program.model.state_dict().values(), *numbers]
+
+
+def descend(program: onward.Program, x: Tensor, y: Any, steps: int) -> list[Tensor]:
+    """The losses of some steps of gradient descent."""
     losses = []
     for _ in range(steps):
         program.model.zero_grad()
@@ -130,9 +137,7 @@ def train(program: onward.Program, case: str, steps: int) -> list[Tensor]:
         with torch.no_grad():
             for parameter in program.model.parameters():
                 parameter.sub_(0.1 * parameter.grad)  # type: ignore[operator]
-    state = program.state_dict()
-    numbers = [value if isinstance(value, Tensor) else torch.tensor(hash(value)) for value in state.values()]
-    return [*losses, *program.model.state_dict().values(), *numbers]
+    return losses
 
 
 def same(mine: list[Tensor], theirs: list[Tensor]) -> bool:

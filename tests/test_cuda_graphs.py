@@ -16,7 +16,7 @@ import graph_tape
 import pytest
 import torch
 import torch.nn.functional as F
-from executor_cases import CASES, Ratio, batch, compiled_for, data_of, mlp, model_for, same, train
+from executor_cases import CASES, Ratio, batch, compiled_for, data_of, descend, mlp, model_for, same, train
 from torch import Tensor, nn
 
 import onward
@@ -87,11 +87,7 @@ def train_on(program: onward.Program, sizes: list[int], target: Callable[[Tensor
     found = []
     for number, size in enumerate(sizes):
         x = torch.randn(size, 6, generator=torch.Generator().manual_seed(number))
-        program.model.zero_grad()
-        found.append(program.step(x, target((torch.arange(size) + number) % 3)))
-        with torch.no_grad():
-            for parameter in program.model.parameters():
-                parameter.sub_(0.1 * parameter.grad)  # type: ignore[operator]
+        found += descend(program, x, target((torch.arange(size) + number) % 3), 1)
         found += [parameter.detach().clone() for parameter in program.model.parameters()]
         found += [buffer.clone() for buffer in program.model.buffers()]
     return found
@@ -877,13 +873,7 @@ def test_cuda_graphs(case: str, streams: int, monkeypatch: pytest.MonkeyPatch) -
             model_for(case).cuda(), x, loss=F.cross_entropy, estimator=CASES[case][1], seed=3, streams=streams,
             cuda_graphs=graph,
         )  # fmt: skip
-        losses = []
-        for _ in range(27):  # feedback's first 19, and some
-            program.model.zero_grad()
-            losses.append(program.step(x, y))
-            with torch.no_grad():
-                for parameter in program.model.parameters():
-                    parameter.sub_(0.1 * parameter.grad)  # type: ignore[operator]
+        losses = descend(program, x, y, 27)  # feedback's first 19, and some
         found.append([*losses, *program.model.state_dict().values()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)

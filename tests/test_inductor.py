@@ -14,7 +14,7 @@ import graph_tape
 import pytest
 import torch
 import torch.nn.functional as F
-from executor_cases import CASES, batch, compiled_for, data_of, mlp, model_for, same, train
+from executor_cases import CASES, batch, compiled_for, data_of, descend, mlp, model_for, same, train
 from torch import Tensor, fx, nn
 from torch._inductor import config
 from torch.utils.flop_counter import FlopCounterMode
@@ -433,14 +433,7 @@ def test_on_a_gpu(case: str, options: dict[str, Any]) -> None:
         program = onward.compile(
             model_for(case).cuda(), x, loss=F.cross_entropy, estimator=CASES[case][1], seed=3, **chosen
         )
-        losses = []
-        for _ in range(steps):
-            program.model.zero_grad()
-            losses.append(program.step(x, y))
-            with torch.no_grad():
-                for parameter in program.model.parameters():
-                    parameter.sub_(0.1 * parameter.grad)  # type: ignore[operator]
-        found.append([*losses, *program.model.state_dict().values()])
+        found.append([*descend(program, x, y, steps), *program.model.state_dict().values()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     assert not isinstance(program.executor, GraphedExecutor) or program.executor.replayed > 0

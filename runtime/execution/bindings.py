@@ -74,14 +74,15 @@ class BoundGraph:
         self.module, self.around = module, around
         self.inputs = input_keys(module)
         self.outputs = output_keys(module)
-        self._call(with_bindings(module).forward)
+        self._plain: Function = with_bindings(module).forward
+        self._call(self._plain)
 
     def _call(self, function: Function) -> None:
         self.forward = function if self.around is None else self.around(function)
 
     def use_inductor(self, inductor: Inductor, name: str) -> None:
         """Have it compiled. Inductor gets the operators, and not their bindings."""
-        self._call(InductorGraph(inductor, name, self.module, with_bindings(self.module).forward))
+        self._call(InductorGraph(inductor, name, self.module, self._plain))
 
     def __call__(self, environment: Environment, *others: Environment) -> Environment:
         """Run on the first environment that has each input."""

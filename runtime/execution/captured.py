@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from ..feedback import FeedbackState
 from ..finite import NARROW_ROUNDING, alike, all_finite, rounding_of
 from ..learning import Lesson, broken, learned
+from ..targets import target_tensors
 from ..traced_loss import TracedLoss
 from .bindings import Environment
 from .precision import autocast_dtypes, outside_autocast
@@ -167,10 +168,6 @@ def own_input(given: StepInput, feedback: FeedbackState | None) -> StepInput:
     return replace(given, environment=environment, loss=loss, target=target, feedback=feedback)
 
 
-def own_target(given: StepInput) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(given.target) if isinstance(leaf, Tensor)]
-
-
 def own_feedback(state: FeedbackState) -> FeedbackState:
     """What was learned, in tensors of its own."""
     basis = state.basis
@@ -188,7 +185,7 @@ def copy_given(given: StepInput, own: StepInput) -> None:
     for key, value in own.environment.items():
         if key.startswith(_BATCH) and isinstance(value, Tensor):
             value.copy_(given.environment[key], non_blocking=True)
-    for value, other in zip(own_target(own), own_target(given), strict=True):
+    for value, other in zip(target_tensors(own.target), target_tensors(given.target), strict=True):
         value.copy_(other, non_blocking=True)
 
 

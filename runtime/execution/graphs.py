@@ -41,6 +41,7 @@ from ..noise.words import holding
 from ..out_of_memory import is_out_of_memory
 from ..output_gradient import CHECK_EVERY
 from ..plan import Action
+from ..targets import target_tensors
 from ..traced_loss import TracedLoss
 from .captured import (
     NotReadyError,
@@ -50,7 +51,6 @@ from .captured import (
     difference,
     own_feedback,
     own_input,
-    own_target,
     read_by,
     stands,
 )  # fmt: skip
@@ -132,11 +132,12 @@ class Graphed(SerialExecutor):
         first replayed."""
         given = step.given
         if self._sigmas != self.sigmas:
-            self._forget()
-        if self.reason or self.record is not None or not self._ready(given, plan) or _kind(given) in self.refused:
+            self.release()
+        goes = not self.reason and self.record is None and self._ready(given, plan)
+        kind = _kind(given) if goes else None
+        if kind is None or kind in self.refused:
             super().execute(step, plan)
             return
-        kind = _kind(given)
         graph = self._graphs.get(kind)
         stays = graph is not None and graph.stands == stands(given.environment)
         if graph is not None and stays and self._answers(graph, kind, given):
@@ -173,11 +174,11 @@ class Graphed(SerialExecutor):
         if seen and not objection and watch.has_other(seen[-1]):
             objection = "the loss reads another tensor of its own in every step"
         if len(seen) < (MOST_LOOKS if objection else 1):  # it may have prepared itself
-            self._warm = dict(list(self._warm.items())[1 - MOST_KINDS :]) | {kind: [*seen, watch.own]}
+            self._warm = _remembered(self._warm, kind, [*seen, watch.own])
             return False
         if objection:
             told = objection in self.refused.values()
-            self.refused = dict(list(self.refused.items())[1 - MOST_KINDS :]) | {kind: objection}
+            self.refused = _remembered(self.refused, kind, objection)
             if not told:
                 warnings.warn(f"cuda_graphs: {objection}. Such steps go on without graphs.", stacklevel=2)
             return False
@@ -302,19 +303,15 @@ class Graphed(SerialExecutor):
             known.pop(kind, None)
 
     def release(self) -> None:
-        """Let go of the memory of all graphs: σ is measured anew, and would change them."""
-        self._forget()
+        """Drop all graphs, as when σ is measured anew."""
+        self._graphs, self._since, self._warm = {}, {}, {}
+        self._sigmas, self._left = list(self.sigmas), MOST_CAPTURES
 
     def _refuse(self, wrong: str) -> None:
         self.reason = f"the CUDA graph of a step {wrong}"
-        self._forget()
+        self.release()
         self._own = self._learned = None
         warnings.warn(f"{self.reason}. Steps go on without graphs.", stacklevel=2)
-
-    def _forget(self) -> None:
-        """Drop all graphs, as when σ was measured anew."""
-        self._graphs, self._since, self._warm = {}, {}, {}
-        self._sigmas, self._left = list(self.sigmas), MOST_CAPTURES
 
 
 class GraphedExecutor(Graphed, SerialExecutor):
@@ -338,13 +335,20 @@ def reason_against(compiled: CompiledModel) -> str:
     return ""
 
 
+def _remembered(known: dict[Any, Any], kind: Any, value: Any) -> dict[Any, Any]:
+    """What is known by kind with one more, the oldest left out where they are too many."""
+    return dict(list(known.items())[1 - MOST_KINDS :]) | {kind: value}
+
+
 _CONSTANT = (Tensor, bool, int, float, str, type(None))
 """Parts of a target: tensors, and what may be a constant of a graph."""
 
 
 def _objection(loss: TracedLoss | None, given: StepInput) -> str:
     """What speaks against capturing a step, in words; nothing."""
-    away = any(value.device != given.device for value in (*own_target(given), *read_by(given.environment).values()))
+    away = any(
+        value.device != given.device for value in (*target_tensors(given.target), *read_by(given.environment).values())
+    )
     if not all(isinstance(leaf, _CONSTANT) for leaf in pytree.tree_leaves(given.target)):
         return "the target has parts that are neither tensors nor numbers"
     if away:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..out_of_memory import is_out_of_memory
 from ..step_loss import Losses
+from ..targets import target_tensors
 from ..traced_loss import written
 from .precision import uncached_autocast
 
@@ -31,7 +32,7 @@ class WatchedLoss(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.loss = loss
         self.device = device
-        self.target = [leaf for leaf in pytree.tree_leaves(target) if isinstance(leaf, Tensor)]
+        self.target = target_tensors(target)
         self.objection = ""
         self.own: list[Tensor] = []
         self._known: dict[int, StorageWeakRef] = {}
